@@ -1,0 +1,1 @@
+"""attestation: see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""checkpoints.torch_io: see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""crdt_store: see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""dht: see ARCHITECTURE.md."""

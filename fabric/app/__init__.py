@@ -1,0 +1,1 @@
+"""fabric.app: see ARCHITECTURE.md."""

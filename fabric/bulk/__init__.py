@@ -1,0 +1,1 @@
+"""fabric.bulk: see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""Job spec, state machine, coordinator, generations and epochs (no torch)."""

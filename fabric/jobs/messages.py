@@ -1,0 +1,189 @@
+"""Generations, acks, reports and decisions: the messages of a running job.
+
+    Propose ->                        a candidate asks every participant it lists
+            <- Ack | Nack             and every one of the previous generation
+    Commit  ->                        with acks of a majority of the previous one
+    RoundReport ->                    worker's facts, to the generation's coordinator
+    RoundDecision ->                  coordinator's choice, to every participant
+
+The fencing epoch of a generation is (counter, hash); whoever acts checks it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from fabric.core.codec import Codec
+from fabric.core.digest import hex_digest
+from fabric.core.ids import JobId, PeerId
+from fabric.core.signing import Signed
+
+MAX_PARTICIPANTS = 256
+"""Participants of one generation; larger runs need a hierarchy of coordinators."""
+
+Peer = Annotated[PeerId, msgspec.Meta(max_length=64)]
+Job = Annotated[JobId, msgspec.Meta(max_length=64)]
+Hex = Annotated[str, msgspec.Meta(max_length=64)]
+Peers = Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_PARTICIPANTS)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Reason = Annotated[str, msgspec.Meta(max_length=500)]
+
+
+class Generation(msgspec.Struct, frozen=True, tag="generation"):
+    """Who takes part from ``base_round`` on, under one fencing epoch.
+
+    Attributes:
+        job: The job.
+        counter: Fencing epoch: strictly increasing on the main branch. Generation 0 is
+            implied by the spec: its only participant is the submitter.
+        coordinator: Decides rounds while this generation lasts.
+        participants: Sorted.
+        base_round: Every participant starts at this round's state.
+        state_digest: Hex digest of that state; empty for the initial state, which
+            everyone derives from the spec's seed.
+        sources: Participants that hold that state.
+        previous: Hash of the generation whose majority acked this one.
+        witness: A trusted member that acks in place of a lost one of two, or empty.
+        branch: "main", or the id of a fork.
+    """
+
+    job: Job
+    counter: Count
+    coordinator: Peer
+    participants: Peers
+    base_round: Count
+    state_digest: Hex
+    sources: Peers
+    previous: Hex
+    witness: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    branch: Annotated[str, msgspec.Meta(max_length=64)] = "main"
+
+
+class Propose(msgspec.Struct, frozen=True, tag="propose"):
+    """Ask for a promise never to ack a lower or equal epoch of this job."""
+
+    generation: Generation
+
+
+class AckBody(msgspec.Struct, frozen=True):
+    """What an ack signs: the promise, and what the acker holds.
+
+    Attributes:
+        held_round: Newest round whose start state this peer holds.
+        held_digest: Hex digest of that state; empty for the initial state or none.
+        has_state: Whether it holds any state (a newcomer does not).
+        accepted: Newest generation this peer ever acked before, or None.
+    """
+
+    job: Job
+    counter: Count
+    generation: Hex
+    held_round: Count = 0
+    held_digest: Hex = ""
+    has_state: bool = False
+    accepted: Generation | None = None
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """A promise; the envelope's payload is an encoded :class:`AckBody`."""
+
+    envelope: Signed
+
+
+class Nack(msgspec.Struct, frozen=True, tag="nack"):
+    """No promise, because a higher or equal one was given, or the job is unknown."""
+
+    promised: Count
+    committed: Generation | None
+    code: Annotated[str, msgspec.Meta(max_length=64)]
+    reason: Reason
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """The generation stands; ``acks`` prove it to whoever checks."""
+
+    generation: Generation
+    acks: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_PARTICIPANTS)]
+
+
+class RoundReport(msgspec.Struct, frozen=True, tag="round_report"):
+    """One participant finished its inner steps or received another contribution.
+
+    Attributes:
+        holds: Contributors whose whole pseudo-gradient this peer has, itself included
+            once its inner steps are done.
+        tokens: Tokens it trained on in this round (0 until done).
+        loss: Mean training loss of the round's inner steps, nats per token.
+        broken: Participants whose connection to this peer's worker failed.
+    """
+
+    job: Job
+    counter: Count
+    round: Count
+    holds: Peers
+    tokens: Count = 0
+    loss: float = 0.0
+    broken: Peers = ()
+
+
+class RoundDecision(msgspec.Struct, frozen=True, tag="round_decision"):
+    """The contributors of a round, chosen once; every participant averages just these.
+
+    ``last`` ends the run after this round.
+    """
+
+    job: Job
+    counter: Count
+    round: Count
+    contributors: Peers
+    tokens: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_PARTICIPANTS)]
+    last: bool = False
+
+
+class StateHeld(msgspec.Struct, frozen=True, tag="state_held"):
+    """A participant now holds the start state of ``round``."""
+
+    job: Job
+    counter: Count
+    round: Count
+    state_digest: Hex
+    validation_loss: float | None = None
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """A member asks the coordinator to be a participant from the next round on."""
+
+    job: Job
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """A participant asks to be left out from the next round on."""
+
+    job: Job
+
+
+JobMessage = (
+    Propose
+    | Ack
+    | Nack
+    | Commit
+    | RoundReport
+    | RoundDecision
+    | StateHeld
+    | Join
+    | Leave
+)
+
+CODEC: Codec[JobMessage] = Codec(JobMessage, max_bytes=1 << 20)
+ACK_BODY: Codec[AckBody] = Codec(AckBody, max_bytes=1 << 16)
+GENERATION: Codec[Generation] = Codec(Generation, max_bytes=1 << 16)
+
+KIND_ACK = "jobs.ack"
+"""Envelope kind of a signed :class:`AckBody`."""
+
+
+def generation_hash(generation: Generation) -> str:
+    """Return the hex digest that names ``generation``."""
+    return hex_digest(GENERATION.encode(generation))

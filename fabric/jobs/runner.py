@@ -1,0 +1,92 @@
+"""What a job kind supplies: a runner per job and peer; training and inference do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from fabric.core.ids import JobId, PeerId
+from fabric.jobs.messages import Generation, RoundDecision, RoundReport, StateHeld
+from fabric.jobs.spec import JobSpec
+
+Facts = Mapping[str, str | int | float | bool]
+
+
+class RunnerProgress(msgspec.Struct, frozen=True, tag="progress"):
+    """Numbers for people: loss, tokens/s, bytes by link. Never decides anything."""
+
+    facts: dict[str, str | int | float | bool]
+
+
+class RunnerResult(msgspec.Struct, frozen=True, tag="result"):
+    """This peer's part of the job is complete.
+
+    Attributes:
+        facts: For the summary: parameter digest, checkpoint root, path.
+    """
+
+    facts: dict[str, str | int | float | bool]
+
+
+class RunnerFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The worker ended and cannot go on here; other peers can."""
+
+    code: str
+    reason: str
+
+
+RunnerEvent = RoundReport | StateHeld | RunnerProgress | RunnerResult | RunnerFailed
+
+
+class Runner(Protocol):
+    """Runs one job on this peer: owns the worker process and its sockets.
+
+    Opened by ``async with factory(context) as runner``: leaving ends the worker.
+    """
+
+    async def apply(self, generation: Generation) -> None:
+        """Take part in ``generation``.
+
+        Sockets to its participants, state from its sources. A later generation
+        replaces an earlier one at any time.
+        """
+        ...
+
+    async def decide(self, decision: RoundDecision) -> None:
+        """Apply the coordinator's choice for a round."""
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write the current state as a checkpoint; RunnerProgress says when done."""
+        ...
+
+    async def next_event(self) -> RunnerEvent:
+        """Return the next fact; waits for ever, so the owner's scope bounds it."""
+        ...
+
+
+class RunnerContext(Protocol):
+    """What the jobs service hands to a runner factory."""
+
+    @property
+    def job(self) -> JobId:
+        """The job."""
+        ...
+
+    @property
+    def spec(self) -> JobSpec:
+        """Its spec."""
+        ...
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This peer."""
+        ...
+
+    @property
+    def scratch(self) -> Path:
+        """Directory of this job on this peer; exists, survives the runner."""
+        ...

@@ -1,0 +1,1 @@
+"""fabric.net: see ARCHITECTURE.md."""

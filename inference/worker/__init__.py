@@ -1,0 +1,1 @@
+"""inference.worker: see ARCHITECTURE.md."""

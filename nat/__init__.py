@@ -1,0 +1,1 @@
+"""nat: see ARCHITECTURE.md."""

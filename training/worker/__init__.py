@@ -1,0 +1,1 @@
+"""training.worker: see ARCHITECTURE.md."""
