@@ -2,7 +2,8 @@
 
 Daemon side: ``worker_link.open_worker`` (trio). Worker side:
 ``fabric.bulk.worker_port`` (blocking). A frame is 4-byte big-endian length + bytes, at
-most MAX_WORKER_FRAME; a frame may carry file descriptors (SCM_RIGHTS) that arrive with its first byte.
+most MAX_WORKER_FRAME; it may carry file descriptors (SCM_RIGHTS) that arrive with its
+first byte.
 """
 
 from __future__ import annotations
