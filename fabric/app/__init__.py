@@ -1,1 +1,1 @@
-"""fabric.app: see ARCHITECTURE.md."""
+"""Configuration, wiring, the daemon, its control API, client and command line."""

@@ -1,0 +1,229 @@
+"""The Python client: a blocking connection to the local daemon.
+
+    with fabric.connect() as f:
+        job = f.submit("train.toml", set={"train.outer.rounds": 5})
+        for event in job.events():
+            print(event.kind, event.facts)
+        print(job.result().facts["checkpoint"])
+
+Every failure is a :class:`fabric.core.errors.FabricError` with a code, a reason and a
+next step. ``aclient`` has the same names, awaitable.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from fabric.app import control_messages as m
+from fabric.app.control_client import Exchange, decode
+from fabric.app.home import Home
+from fabric.core.errors import FabricError, PeerTimeout, Unavailable
+from fabric.jobs.spec import CODEC, JobSpec, load_spec
+
+T = TypeVar("T")
+RECEIVE_BYTES = 1 << 16
+CONNECT_SECONDS = 5.0
+ENDED = frozenset({"done", "failed", "cancelled"})
+"""Final states of a job."""
+
+
+def not_running(path: Path) -> Unavailable:
+    """Return the error of a client that finds no daemon behind ``path``."""
+    return Unavailable(
+        f"no daemon answers at {path}",
+        code="E_NO_DAEMON",
+        next_step="start one with `fabric up`",
+    )
+
+
+def spec_of(
+    spec: JobSpec | str | Path, overrides: Mapping[str, object] | None
+) -> JobSpec:
+    """Return ``spec``, loaded when it is a path, with ``overrides`` applied."""
+    if isinstance(spec, JobSpec) and not overrides:
+        return spec
+    return load_spec(spec, dict(overrides or {}))
+
+
+class Client:
+    """A connection to one daemon. Not for several threads at once.
+
+    Args:
+        path: The daemon's control socket.
+        timeout_seconds: Longest silence of the daemon within one request.
+    """
+
+    def __init__(self, path: Path, *, timeout_seconds: float = 60.0) -> None:
+        self._path = path
+        self._timeout = timeout_seconds
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def items(
+        self, request: m.Request, kind: type[T], *, timeout: float | None = -1.0
+    ) -> Iterator[T]:
+        """Yield the answers to ``request``; closing the iterator ends the request."""
+        exchange = Exchange(request)
+        wait = self._timeout if timeout == -1.0 else timeout
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(CONNECT_SECONDS)
+            try:
+                sock.connect(str(self._path))
+            except OSError as exc:
+                raise not_running(self._path) from exc
+            sock.settimeout(wait)
+            try:
+                sock.sendall(exchange.request)
+                while not exchange.done:
+                    for value in exchange.receive(sock.recv(RECEIVE_BYTES)):
+                        yield decode(value, kind)
+            except TimeoutError as exc:
+                raise PeerTimeout(f"the daemon was silent for {wait:g} s") from exc
+            except ConnectionError as exc:
+                raise Unavailable(f"the daemon went away: {exc}") from exc
+
+    def one(
+        self, request: m.Request, kind: type[T], *, timeout: float | None = -1.0
+    ) -> T:
+        """Return the single answer to ``request``."""
+        for item in self.items(request, kind, timeout=timeout):
+            return item
+        raise Unavailable("the daemon gave no answer")
+
+    def status(self) -> m.StatusView:
+        """Return this peer, its mesh and its peers."""
+        return self.one(m.Status(), m.StatusView)
+
+    def mesh_init(self, name: str) -> str:
+        """Create a mesh owned by this peer; return its id."""
+        return self.one(m.MeshInit(name), m.Text1).text
+
+    def invite(
+        self, *, role: str = "worker", ttl_seconds: float = 3600, uses: int = 1
+    ) -> str:
+        """Return a token with which ``uses`` peers can join."""
+        return self.one(m.Invite(role, ttl_seconds, uses), m.Text1).text
+
+    def join(self, token: str) -> str:
+        """Join the mesh of ``token``; return the mesh's id."""
+        return self.one(m.Join(token), m.Text1).text
+
+    def leave(self) -> None:
+        """Leave the mesh and forget it."""
+        self.one(m.Leave(), m.Text1)
+
+    def submit(
+        self, spec: JobSpec | str | Path, set: Mapping[str, object] | None = None
+    ) -> Job:
+        """Submit a job; ``spec`` may be the path of a TOML file."""
+        encoded = CODEC.encode(spec_of(spec, set))
+        return Job(self, self.one(m.Submit(encoded), m.Text1).text)
+
+    def job(self, job: str) -> Job:
+        """Return the job whose id starts with ``job``."""
+        return Job(self, job)
+
+    def jobs(self) -> list[m.JobRow]:
+        """Return the jobs of the mesh."""
+        return list(self.items(m.Jobs(), m.JobRow))
+
+    def why(self, subject: str) -> tuple[str, ...]:
+        """Return sentences that explain the state of a peer or job."""
+        return self.one(m.Why(subject), m.Lines).lines
+
+    def serve(
+        self,
+        checkpoint: str,
+        *,
+        stages: int = 2,
+        port: int = 0,
+        model_name: str = "fabric",
+    ) -> str:
+        """Serve a checkpoint; return the base URL of its OpenAI-compatible API."""
+        request = m.Serve(checkpoint, stages, port, model_name)
+        return self.one(request, m.Text1, timeout=180).text
+
+    def content_add(self, path: Path) -> str:
+        """Add a file or directory to the content store; return its root."""
+        return self.one(m.ContentAdd(str(path.absolute())), m.Text1).text
+
+    def content_get(self, root: str, path: Path) -> None:
+        """Fetch ``root`` from any peers that hold it and write it to ``path``."""
+        self.one(m.ContentGet(root, str(path.absolute())), m.Text1, timeout=3600)
+
+    def content(self) -> list[m.ContentRow]:
+        """Return the content held here."""
+        return list(self.items(m.ContentList(), m.ContentRow))
+
+    def ping(self, peer: str, count: int = 3) -> Iterator[m.PingView]:
+        """Yield ``count`` round trips to ``peer``."""
+        return self.items(m.Ping(peer, count), m.PingView)
+
+    def partition(self, peers: tuple[str, ...]) -> None:
+        """Refuse contact with ``peers``; an empty tuple heals."""
+        self.one(m.Partition(peers), m.Text1)
+
+    def down(self, *, drain: bool = False) -> None:
+        """End the daemon."""
+        self.one(m.Down(drain), m.Text1)
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, client: Client, job: str) -> None:
+        self._client = client
+        self.id = job
+
+    def events(self, *, since: int = 0, follow: bool = True) -> Iterator[m.EventView]:
+        """Yield the job's events; with ``follow`` until the job ends."""
+        request = m.JobEvents(self.id, since, follow)
+        return self._client.items(request, m.EventView, timeout=None)
+
+    def status(self) -> m.JobRow:
+        """Return the job's row of :meth:`Client.jobs`."""
+        rows = [r for r in self._client.jobs() if r.job.startswith(self.id)]
+        if len(rows) != 1:
+            raise FabricError(
+                f"{len(rows)} jobs have an id that starts with {self.id}",
+                code="E_NO_JOB",
+                next_step="`fabric jobs` lists them",
+            )
+        return rows[0]
+
+    def result(self) -> m.JobRow:
+        """Wait for the end; return the row with its facts.
+
+        Raises:
+            FabricError: the job failed or was cancelled; the reason says why.
+        """
+        for _ in self.events():
+            pass
+        row = self.status()
+        if row.state != "done":
+            raise FabricError(
+                f"job {self.id[:8]} {row.state}: {row.reason}", code="E_JOB_FAILED"
+            )
+        return row
+
+    def stop(self) -> None:
+        """Cancel the job."""
+        self._client.one(m.StopJob(self.id), m.Text1)
+
+
+def connect(home: str | Path | None = None) -> Client:
+    """Return a client of the daemon in ``home`` (default: this user's daemon)."""
+    return Client(Home.find(Path(home) if home else None).control_socket)

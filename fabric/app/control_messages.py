@@ -1,0 +1,252 @@
+"""What the daemon and its clients say to each other on the control socket.
+
+One request at a time per connection. A frame is a 4-byte length and a msgpack message.
+The answer to a request is any number of :class:`Item`, then one :class:`Done` or
+:class:`Failed`. No tensor byte passes here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from fabric.core.codec import Codec
+
+MAX_CONTROL_BYTES = 8 << 20
+"""Largest frame; lists are paged by their verbs long before."""
+
+Text = Annotated[str, msgspec.Meta(max_length=10_000)]
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """Who am I, in which mesh, and who is connected?"""
+
+
+class MeshInit(msgspec.Struct, frozen=True, tag="mesh_init"):
+    """Create a mesh with this peer as its owner."""
+
+    name: Text
+
+
+class Invite(msgspec.Struct, frozen=True, tag="invite"):
+    """Make a token with which others can join."""
+
+    role: Text = "worker"
+    ttl_seconds: float = 3600.0
+    uses: int = 1
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """Join the mesh of an invite token."""
+
+    token: Text
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """Leave the mesh and forget it."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Submit a job; ``spec`` is an encoded JobSpec."""
+
+    spec: bytes
+
+
+class Jobs(msgspec.Struct, frozen=True, tag="jobs"):
+    """List the jobs of the mesh."""
+
+
+class JobEvents(msgspec.Struct, frozen=True, tag="job_events"):
+    """Stream a job's events from ``since`` on; with ``follow`` until it ends."""
+
+    job: Text
+    since: int = 0
+    follow: bool = False
+
+
+class StopJob(msgspec.Struct, frozen=True, tag="stop_job"):
+    """Cancel a job."""
+
+    job: Text
+
+
+class Why(msgspec.Struct, frozen=True, tag="why"):
+    """Explain a peer's or a job's state."""
+
+    subject: Text
+
+
+class Serve(msgspec.Struct, frozen=True, tag="serve"):
+    """Serve a checkpoint of the content store behind an OpenAI-compatible endpoint."""
+
+    checkpoint: Text
+    stages: int = 2
+    port: int = 0
+    model_name: Text = "fabric"
+
+
+class ContentAdd(msgspec.Struct, frozen=True, tag="content_add"):
+    """Add a file or directory of this machine to the content store and provide it."""
+
+    path: Text
+
+
+class ContentGet(msgspec.Struct, frozen=True, tag="content_get"):
+    """Fetch content by root from any peers that hold it; write it to ``path``."""
+
+    root: Text
+    path: Text
+
+
+class ContentList(msgspec.Struct, frozen=True, tag="content_list"):
+    """List the content held here."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Measure the round trip to a peer, once per item."""
+
+    peer: Text
+    count: int = 3
+
+
+class Partition(msgspec.Struct, frozen=True, tag="partition"):
+    """Refuse all contact with these peers (tests and simulation); empty heals."""
+
+    peers: tuple[Text, ...] = ()
+
+
+class Down(msgspec.Struct, frozen=True, tag="down"):
+    """End the daemon; ``drain`` leaves running jobs first."""
+
+    drain: bool = False
+
+
+Request = (
+    Status
+    | MeshInit
+    | Invite
+    | Join
+    | Leave
+    | Submit
+    | Jobs
+    | JobEvents
+    | StopJob
+    | Why
+    | Serve
+    | ContentAdd
+    | ContentGet
+    | ContentList
+    | Ping
+    | Partition
+    | Down
+)
+
+
+class Item(msgspec.Struct, frozen=True, tag="item"):
+    """One result, encoded; its type belongs to the verb."""
+
+    value: bytes
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The request is complete."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The request failed; the fields of a FabricError."""
+
+    code: str
+    reason: str
+    next_step: str = ""
+    kind: str = "FabricError"
+    exit_code: int = 1
+
+
+class PeerView(msgspec.Struct, frozen=True):
+    """One row of ``fabric status``."""
+
+    peer: str
+    name: str
+    role: str
+    connected: bool
+    path: str
+    rtt_ms: float | None
+    trust: str
+    note: str = ""
+
+
+class StatusView(msgspec.Struct, frozen=True):
+    """What ``fabric status`` shows."""
+
+    peer: str
+    name: str
+    version: str
+    state: Literal["no mesh", "joining", "member"]
+    mesh: str
+    mesh_name: str
+    role: str
+    addrs: tuple[str, ...]
+    peers: tuple[PeerView, ...]
+    counters: dict[str, int]
+
+
+class JobRow(msgspec.Struct, frozen=True):
+    """One row of ``fabric jobs``."""
+
+    job: str
+    name: str
+    kind: str
+    state: str
+    reason: str
+    coordinator: str
+    generation: int
+    participants: tuple[str, ...]
+    round: int
+    rounds: int
+    facts: dict[str, str | int | float | bool]
+
+
+class EventView(msgspec.Struct, frozen=True):
+    """One event of a job, numbered from 1 in the order its coordinator saw them."""
+
+    seq: int
+    time: float
+    kind: str
+    peer: str
+    facts: dict[str, str | int | float | bool]
+
+
+class Text1(msgspec.Struct, frozen=True):
+    """A single string: a token, an id, a root, an address."""
+
+    text: str
+
+
+class Lines(msgspec.Struct, frozen=True):
+    """Sentences for people."""
+
+    lines: tuple[str, ...]
+
+
+class ContentRow(msgspec.Struct, frozen=True):
+    """One piece of content held here."""
+
+    root: str
+    name: str
+    bytes: int
+    pinned: bool
+
+
+class PingView(msgspec.Struct, frozen=True):
+    """One round trip."""
+
+    peer: str
+    path: str
+    rtt_ms: float
+
+
+Reply = Item | Done | Failed
+
+REQUESTS: Codec[Request] = Codec(Request, max_bytes=MAX_CONTROL_BYTES)
+REPLIES: Codec[Reply] = Codec(Reply, max_bytes=MAX_CONTROL_BYTES)
