@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	# trio-typing (a need of libp2p) brings stubs of an old trio that hide trio's own types
+	rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	touch $(STAMP)
 
 demo: $(STAMP)  ## Train, lose a peer, checkpoint, export and serve on this machine (DEMO_ARGS="--json --seed 7")

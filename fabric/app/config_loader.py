@@ -1,7 +1,7 @@
 """Load one typed configuration tree: defaults < TOML file < environment < flags.
 
-The only module that reads ``FABRIC__*`` from the environment. A misspelt key is an error
-that names the nearest right one.
+The only module that reads ``FABRIC__*`` from the environment. A misspelt key is an
+error that names the nearest right one.
 """
 
 from __future__ import annotations

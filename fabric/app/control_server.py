@@ -57,8 +57,7 @@ async def serve_control(
     limiter = trio.CapacityLimiter(MAX_CLIENTS)
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     try:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        _remove(path)
         mask = os.umask(0o177)
         try:
             await sock.bind(str(path))
@@ -80,8 +79,12 @@ async def serve_control(
                 nursery.start_soon(_serve_client, stream, answer, counters, limiter)
     finally:
         sock.close()
-        with suppress(FileNotFoundError):
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        path.unlink()
 
 
 async def _serve_client(
