@@ -43,7 +43,7 @@ def load_config(
     tree = _read(file)
     for name, text in sorted(environ.items()):
         if name.startswith(PREFIX):
-            _set(tree, name[len(PREFIX) :].lower().split("__"), _parse(text), name)
+            _set(tree, name[len(PREFIX) :].lower().split("__"), parse_value(text), name)
     for key, value in flags.items():
         _set(tree, key.split("."), value, key)
     _check_keys(kind, tree, "")
@@ -66,12 +66,24 @@ def _read(file: Path) -> Tree:
         raise ConfigError(f"cannot read {file}: {exc.strerror}") from exc
 
 
-def _parse(text: str) -> object:
-    """Return an environment value as TOML would read it, else as a string."""
+def parse_value(text: str) -> object:
+    """Return ``text`` as TOML reads a value, else as the string it is."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """Return (key, value) of ``key=value``; the value as TOML reads it.
+
+    Raises:
+        ConfigError: there is no equals sign.
+    """
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"{text!r} is not key=value")
+    return key.strip(), parse_value(value)
 
 
 def _set(tree: Tree, path: list[str], value: object, origin: str) -> None:

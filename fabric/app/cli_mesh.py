@@ -1,0 +1,173 @@
+"""Verbs about the mesh: init, invite, join, leave, status, ping, why, down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cyclopts
+
+from fabric.app.cli_output import show_json, show_table, show_text, talk
+from fabric.app.client import connect
+from fabric.core.errors import ConfigError
+from fabric.core.ids import short
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds in "90", "90s", "15m", "2h" or "1d".
+
+    Raises:
+        ConfigError: none of these.
+    """
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        return float(number) * _UNITS[unit]
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is not a duration", next_step="write 90s, 15m, 2h or 1d"
+        ) from None
+
+
+def mesh_init(name: str, *, home: Path | None = None, json: bool = False) -> None:
+    """Create a mesh with this peer as its owner.
+
+    Args:
+        name: Name of the mesh, for people.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    mesh = connect(home).mesh_init(name)
+    show_json({"mesh": mesh, "name": name}) if json else show_text(mesh)
+    talk("next: `fabric invite` makes a token for another machine")
+
+
+def invite(
+    *,
+    role: str = "worker",
+    ttl: str = "1h",
+    uses: int = 1,
+    home: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Print a token with which others can join; keep it secret.
+
+    Args:
+        role: worker, client or relay.
+        ttl: How long it is good for: 90s, 15m, 2h, 1d.
+        uses: How many peers may use it.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    token = connect(home).invite(role=role, ttl_seconds=seconds_of(ttl), uses=uses)
+    show_json({"token": token}) if json else show_text(token)
+
+
+def join(token: str, *, home: Path | None = None, json: bool = False) -> None:
+    """Join the mesh of an invite token.
+
+    Args:
+        token: What `fabric invite` printed.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    mesh = connect(home).join(token)
+    show_json({"mesh": mesh}) if json else show_text(mesh)
+
+
+def leave(*, home: Path | None = None, json: bool = False) -> None:
+    """Leave the mesh and forget it.
+
+    Args:
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    connect(home).leave()
+    if json:
+        show_json({"left": True})
+
+
+def status(*, home: Path | None = None, json: bool = False) -> None:
+    """Show this peer, its mesh and its peers.
+
+    Args:
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    view = connect(home).status()
+    if json:
+        show_json(view)
+        return
+    mesh = f"{view.mesh_name} ({view.mesh[:8]})" if view.mesh else "no mesh"
+    show_text(f"mesh {mesh}  {view.state}  you {view.name} {view.peer} {view.role}")
+    show_table(
+        ("PEER", "NAME", "ROLE", "PATH", "RTT", "TRUST", "NOTE"),
+        (
+            (
+                short(p.peer),
+                p.name,
+                p.role,
+                p.path if p.connected else "-",
+                f"{p.rtt_ms:.1f} ms" if p.rtt_ms is not None else None,
+                p.trust,
+                p.note,
+            )
+            for p in view.peers
+        ),
+    )
+
+
+def ping(
+    peer: str, *, count: int = 3, home: Path | None = None, json: bool = False
+) -> None:
+    """Measure round trips to a peer.
+
+    Args:
+        peer: Id, end of an id, or name.
+        count: Round trips.
+        home: Directory of the peer to talk to.
+        json: Print JSON, a line each.
+    """
+    for view in connect(home).ping(peer, count):
+        if json:
+            show_json(view)
+        else:
+            show_text(f"{short(view.peer)} {view.path} {view.rtt_ms:.2f} ms")
+
+
+def why(subject: str, *, home: Path | None = None, json: bool = False) -> None:
+    """Explain the state of a peer or a job.
+
+    Args:
+        subject: Peer id, end of it, name, or job id.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    lines = connect(home).why(subject)
+    if json:
+        show_json({"subject": subject, "lines": lines})
+        return
+    for line in lines:
+        show_text(line)
+
+
+def down(*, drain: bool = False, home: Path | None = None, json: bool = False) -> None:
+    """End this machine's daemon.
+
+    Args:
+        drain: Leave running jobs first.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    connect(home).down(drain=drain)
+    if json:
+        show_json({"down": True})
+
+
+def add_to(app: cyclopts.App) -> None:
+    """Add these verbs to ``app``."""
+    mesh = cyclopts.App(name="mesh", help="Create a mesh.")
+    mesh.command(name="init")(mesh_init)
+    app.command(mesh)
+    for verb in (invite, join, leave, status, ping, why, down):
+        app.command(verb)
