@@ -1,1 +1,1 @@
-"""sims: see ARCHITECTURE.md."""
+"""Many peers on one machine: real daemons on loopback, and the demo."""
