@@ -1,1 +1,1 @@
-"""checkpoints: see ARCHITECTURE.md."""
+"""Checkpoints: canonical format, save, load, verify, convert (docs/checkpoint-format.md)."""

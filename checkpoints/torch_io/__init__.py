@@ -1,1 +1,1 @@
-"""checkpoints.torch_io: see ARCHITECTURE.md."""
+"""The torch side of checkpoints: ``checkpoints.torch_io.tensors``."""
