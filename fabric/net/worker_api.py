@@ -9,31 +9,10 @@ first byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
-MAX_WORKER_FRAME = 4 << 20
-"""Commands and events are small; tensors go by bulk connection or mapped file."""
-
-
-class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker may use. Enforced by the worker on itself before foreign code runs.
-
-    Landlock paths, no_new_privs, rlimits and a seccomp filter that refuses new network
-    sockets (DESIGN section 2).
-    """
-
-    scratch: Path
-    """The only directory the worker may write."""
-    readable: tuple[Path, ...] = ()
-    """Read-only directories besides the interpreter and its packages."""
-    memory_bytes: int = 8 << 30
-    """Address space above what the interpreter maps at start (RLIMIT_DATA)."""
-    open_files: int = 1024
-    threads: int = 1
-    """torch threads: cores / worker processes."""
+from fabric.bulk.sandbox import WorkerLimits as WorkerLimits
+from fabric.bulk.worker_port import MAX_WORKER_FRAME as MAX_WORKER_FRAME
 
 
 class WorkerLink(Protocol):
