@@ -1,0 +1,213 @@
+"""Which round this worker is in, and what it waits for. Pure: no tensors, no sockets.
+
+    idle --hold(state)--> training --own_ready--> waiting --decided and all held--> step
+             ^                |                                                      |
+             |                +--decided without us: our work is given up------------+
+             +--------------------------hold(next state)-----------------------------+
+
+A change of generation in the middle of a round keeps what was computed and received:
+the own contribution is sent again to newcomers, never computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fabric.core.errors import LocalProtocolError
+from fabric.core.ids import JobId, PeerId
+from fabric.jobs.messages import Generation, RoundDecision, RoundReport, StateHeld
+
+LOOKAHEAD_ROUNDS = 2
+"""Rounds of contributions kept beyond our own while we catch up."""
+
+Payload = bytearray
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One contributor's whole pseudo-gradient of one round."""
+
+    tokens: int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class StepReady:
+    """Everything a decided outer step needs, in PeerId order."""
+
+    contributors: tuple[PeerId, ...]
+    payloads: tuple[Payload, ...]
+    tokens: tuple[int, ...]
+    last: bool
+
+
+@dataclass
+class Rounds:
+    """The worker's place in the run; fed by one thread.
+
+    Args:
+        job: The job.
+        me: This peer.
+    """
+
+    job: JobId
+    me: PeerId
+    generation: Generation | None = None
+    held: StateHeld | None = None
+    own: Piece | None = None
+    own_loss: float = 0.0
+    last: bool = False
+    _pieces: dict[tuple[int, PeerId], Piece] = field(default_factory=dict)
+    _decisions: dict[int, RoundDecision] = field(default_factory=dict)
+    _broken: set[PeerId] = field(default_factory=set)
+
+    @property
+    def round(self) -> int:
+        """The round whose start state is held; the generation's while none is."""
+        if self.held is not None:
+            return self.held.round
+        return self.generation.base_round if self.generation else 0
+
+    @property
+    def others(self) -> frozenset[PeerId]:
+        """The generation's other participants."""
+        members = self.generation.participants if self.generation else ()
+        return frozenset(members) - {self.me}
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this peer is a participant of the current generation."""
+        return self.generation is not None and self.me in self.generation.participants
+
+    def apply(self, generation: Generation) -> bool:
+        """Enter ``generation``; return False when it is not newer than the current one.
+
+        The held state stays when the generation starts from it; otherwise it is
+        dropped, with all work on it, and :meth:`missing_state` names what to get.
+        """
+        if self.generation and generation.counter <= self.generation.counter:
+            return False
+        self.generation = generation
+        self._broken &= self.others
+        if self.held is not None and not self._starts_from(generation, self.held):
+            self.held = None
+            self.own = None
+            self._decisions.clear()
+            self.last = False
+        self._prune()
+        return True
+
+    def missing_state(self) -> Generation | None:
+        """Return the generation whose start state is still to be got, or None."""
+        if self.takes_part and self.held is None:
+            return self.generation
+        return None
+
+    def hold(self, round_number: int, digest: str) -> StateHeld:
+        """Record that the start state of ``round_number`` is here; return the fact."""
+        if self.generation is None:
+            raise LocalProtocolError("a state before any generation")
+        self.held = StateHeld(self.job, self.generation.counter, round_number, digest)
+        self.own = None
+        self._prune()
+        return self.held
+
+    @property
+    def wants_training(self) -> bool:
+        """Whether inner steps of the current round are still of use."""
+        if not self.takes_part or self.held is None or self.last:
+            return False
+        decision = self._decisions.get(self.held.round)
+        return self.own is None and decision is None
+
+    def own_ready(self, piece: Piece, loss: float) -> None:
+        """Record our own contribution to the current round."""
+        if not self.wants_training:
+            raise LocalProtocolError("a contribution nobody waits for")
+        self.own = piece
+        self.own_loss = loss
+
+    def received(self, peer: PeerId, round_number: int, piece: Piece) -> bool:
+        """Record another's contribution; return whether it is news."""
+        ahead = round_number - self.round
+        if peer not in self.others or not 0 <= ahead <= LOOKAHEAD_ROUNDS:
+            return False
+        if (round_number, peer) in self._pieces:
+            return False
+        self._pieces[round_number, peer] = piece
+        return True
+
+    def decide(self, decision: RoundDecision) -> bool:
+        """Record the coordinator's choice; return False when it is stale."""
+        if self.generation is None or decision.counter != self.generation.counter:
+            return False
+        if not 0 <= decision.round - self.round <= LOOKAHEAD_ROUNDS:
+            return False
+        if len(decision.contributors) != len(decision.tokens) or not sum(
+            decision.tokens
+        ):
+            return False
+        self._decisions.setdefault(decision.round, decision)
+        return True
+
+    def step_ready(self) -> StepReady | None:
+        """Return the decided outer step once every contribution to it is here."""
+        decision = self._decisions.get(self.round)
+        if decision is None or self.held is None:
+            return None
+        order = sorted(zip(decision.contributors, decision.tokens, strict=True))
+        pieces = [self._piece(peer) for peer, _ in order]
+        found = [piece for piece in pieces if piece is not None]
+        if len(found) != len(order):
+            return None
+        return StepReady(
+            tuple(peer for peer, _ in order),
+            tuple(piece.payload for piece in found),
+            tuple(tokens for _, tokens in order),
+            decision.last,
+        )
+
+    def connection_lost(self, peer: PeerId) -> None:
+        """A connection with ``peer`` failed or could not be opened."""
+        if peer in self.others:
+            self._broken.add(peer)
+
+    def connection_restored(self, peer: PeerId) -> None:
+        """Both connections with ``peer`` stand."""
+        self._broken.discard(peer)
+
+    def report(self) -> RoundReport | None:
+        """Return what the coordinator needs to know now; None outside a generation."""
+        if self.generation is None or not self.takes_part:
+            return None
+        holds = [peer for _, peer in self._current()]
+        if self.own is not None:
+            holds.append(self.me)
+        return RoundReport(
+            self.job,
+            self.generation.counter,
+            self.round,
+            tuple(sorted(holds)),
+            tokens=self.own.tokens if self.own else 0,
+            loss=self.own_loss if self.own else 0.0,
+            broken=tuple(sorted(self._broken)),
+        )
+
+    def _starts_from(self, generation: Generation, held: StateHeld) -> bool:
+        return (held.round, held.state_digest) == (
+            generation.base_round,
+            generation.state_digest,
+        )
+
+    def _piece(self, peer: PeerId) -> Piece | None:
+        return self.own if peer == self.me else self._pieces.get((self.round, peer))
+
+    def _current(self) -> Iterator[tuple[int, PeerId]]:
+        return (key for key in self._pieces if key[0] == self.round)
+
+    def _prune(self) -> None:
+        # A piece of a peer that left stays for its round: a decision may name it.
+        window = range(self.round, self.round + LOOKAHEAD_ROUNDS + 1)
+        self._pieces = {k: v for k, v in self._pieces.items() if k[0] in window}
+        self._decisions = {r: d for r, d in self._decisions.items() if r in window}
