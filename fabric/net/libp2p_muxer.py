@@ -240,6 +240,8 @@ class FabricMuxer(IMuxedConn):
             self._end("the peer closed the connection")
 
     def _dispatch(self) -> None:
+        if self._closed.is_set():
+            return
         while (state := self.session.take_opened()) is not None:
             stream = FabricStream(self, state)
             self._streams[state] = stream
