@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from fabric.core.errors import ConfigError
@@ -43,7 +44,7 @@ def _load(path: Path) -> Ed25519Signer:
 
 def _create(path: Path) -> None:
     """Write a new key whole or not at all: temporary file, fsync, link."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     fd = os.open(temporary, flags, 0o600)
     try:

@@ -1,0 +1,1 @@
+"""``fabric demo``: the main job end to end, on this machine."""
