@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,14 @@ from fabric.jobs.messages import Generation, RoundDecision, RoundReport, StateHe
 from fabric.jobs.spec import JobSpec
 
 Facts = Mapping[str, str | int | float | bool]
+
+LINK_FACT = "bytes_by_link:"
+"""A fact "bytes_by_link:<peer id>" counts the bytes this worker sent to that peer so
+far. The jobs service merges them into the job's "bytes_by_link:<from>><to>", both ends
+in short form."""
+
+CHECKPOINT_FACT = "checkpoint"
+"""A RunnerProgress with this fact answers :meth:`Runner.save`: the directory written."""
 
 
 class RunnerProgress(msgspec.Struct, frozen=True, tag="progress"):
@@ -65,6 +74,14 @@ class Runner(Protocol):
 
     async def next_event(self) -> RunnerEvent:
         """Return the next fact; waits for ever, so the owner's scope bounds it."""
+        ...
+
+
+class RunnerFactory(Protocol):
+    """Opens a runner: ``async with factory(context) as runner``."""
+
+    def __call__(self, context: RunnerContext) -> AbstractAsyncContextManager[Runner]:
+        """Return the context manager that owns the worker."""
         ...
 
 

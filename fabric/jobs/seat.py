@@ -1,0 +1,830 @@
+"""One peer's seat in one job: acceptor, candidate, participant, perhaps coordinator.
+
+Pure: messages, answers, runner events and ``now`` come in; :meth:`Seat.poll` returns
+what to do and to send, :meth:`Seat.next_timeout` when to call again. The shell performs
+the effects of a poll in order, and only then answers or sends.
+
+Rules. (1) Only the newest committed generation acts, and only while no higher epoch was
+promised (*fenced*). (2) A coordinator that restarted never acts under its old epoch: it
+campaigns for a new one. (3) A coordinator decides only while it hears a majority of its
+electors. (4) While a decision is being applied, a peer does not say what it holds, so
+acks never lie about it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from fabric.core.digest import rendezvous_order
+from fabric.core.errors import IntegrityError, RemoteProtocolError
+from fabric.core.ids import JobId, PeerId, short
+from fabric.core.signing import Signer, seal
+from fabric.jobs.coordinator import Coordinator
+from fabric.jobs.effects import (
+    Apply,
+    Decide,
+    Diverged,
+    Effect,
+    Ended,
+    Outputs,
+    Persist,
+    Publish,
+    Recorded,
+    Retire,
+    SaveState,
+)
+from fabric.jobs.ledger import Ledger
+from fabric.jobs.liveness import Liveness
+from fabric.jobs.messages import (
+    ACK_BODY,
+    KIND_ACK,
+    Ack,
+    AckBody,
+    Beat,
+    Commit,
+    Done,
+    Finished,
+    Generation,
+    Inquire,
+    JobMessage,
+    Join,
+    Leave,
+    Nack,
+    PeerFacts,
+    Propose,
+    RoundDecision,
+    RoundReport,
+    Save,
+    Saved,
+    Standing,
+    StateHeld,
+    generation_hash,
+)
+from fabric.jobs.outbox import Outbox
+from fabric.jobs.promises import Acceptor, Held, PromiseRecord
+from fabric.jobs.proposer import (
+    BUSY,
+    FOLLOWED,
+    NOBODY,
+    Campaign,
+    Phase,
+    Wish,
+    check_commit,
+)
+from fabric.jobs.quorum import electors, has_majority
+from fabric.jobs.runner import (
+    RunnerEvent,
+    RunnerFailed,
+    RunnerProgress,
+    RunnerResult,
+)
+from fabric.jobs.spec import JobSpec
+from fabric.jobs.states import JobState, JobStatus, Pause, Trigger, advance, is_over
+
+MAX_WORKER_FAILURES = 3
+"""After so many failed workers this peer no longer asks to take part."""
+
+Upward = RoundReport | StateHeld | PeerFacts | Saved | Join | Leave
+"""What participants and newcomers tell the coordinator."""
+
+
+def genesis_of(job: JobId, spec: JobSpec) -> Generation:
+    """Return generation 0, implied by the spec: the submitter alone."""
+    submitter = PeerId(spec.submitter)
+    return Generation(job, 0, submitter, (submitter,), 0, "", (), "")
+
+
+class Seat:
+    """See the module's docstring.
+
+    Args:
+        job: The job.
+        spec: Its spec.
+        signer: Signs our acks.
+        record: Persisted promises, or None when we never promised anything.
+        now: Monotonic seconds.
+        seed: Of the back-off's jitter.
+    """
+
+    def __init__(
+        self,
+        job: JobId,
+        spec: JobSpec,
+        signer: Signer,
+        *,
+        record: PromiseRecord | None,
+        now: float,
+        seed: int,
+    ) -> None:
+        self.job, self.spec, self.me = job, spec, signer.peer_id
+        self._signer = signer
+        self._random = random.Random(f"{seed}:{self.me}:{job}")
+        self._patience = spec.fault.patience_seconds
+        self.acceptor = Acceptor(job, genesis_of(job, spec), record)
+        self._outbox = Outbox(self._patience / 4)
+        self._effects: list[Effect] = []
+        self.ledger = Ledger()
+        self.state = JobState.QUEUED
+        self.reason = ""
+        self._liveness = Liveness(self._patience)
+        self.campaign: Campaign | None = None
+        self._campaign_at = now
+        self._role: Coordinator | None = None
+        self._members: frozenset[PeerId] = frozenset()
+        self._joins = False
+        self._join_due = now
+        self._join_hint: PeerId | None = None
+        self._worker_failures = 0
+        self._leaving = False
+        self._held = Held()
+        self._decided = -1
+        self._busy: tuple[int, float] | None = None
+        self._highest_seen = 0
+        self._coordinator_heard = now
+        self._beat_due = now
+        self._facts: dict[str, str | int | float | bool] = {}
+        self._facts_due = now
+        self._saving = False
+        self._blocked: Pause | None = None
+        # after a restart nothing is held and no round's reports are known
+        self._resumed = record is not None and self.committed.counter > 0
+        if self.committed.counter > 0:
+            self.state = JobState.RUNNING
+        if not self._resumed:
+            self._take_role(now)
+
+    # -- what others may read
+
+    @property
+    def committed(self) -> Generation:
+        """Newest generation we know to be committed."""
+        return self.acceptor.committed
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether we coordinate the newest generation and may act."""
+        return self._role is not None and not self.acceptor.fenced
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether we are a participant of the newest generation, and it acts."""
+        mine = self.me in self.committed.participants and self.committed.counter > 0
+        return mine and not self._resumed and not self.acceptor.fenced
+
+    @property
+    def over(self) -> bool:
+        """Whether the job ended."""
+        return is_over(self.state)
+
+    @property
+    def held(self) -> Held:
+        """Newest state our runner holds."""
+        return self._held
+
+    def pause(self, now: float) -> Pause | None:
+        """Return why nothing happens, or None."""
+        if self.over:
+            return None
+        if self._role is not None:
+            return self._quorum_pause(now) or self._role.waiting() or self._blocked
+        return self._blocked
+
+    def status(self, now: float) -> JobStatus:
+        """Return what the status slot should say."""
+        return JobStatus(
+            state=self.state,
+            counter=self.committed.counter,
+            coordinator=self.committed.coordinator,
+            round=min(self._decided + 1, self.rounds),
+            rounds=self.rounds,
+            pause=self.pause(now),
+            facts=self.ledger.slot_facts(now),
+        )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole run; 0 for a kind without rounds."""
+        return self.spec.train.outer.rounds if self.spec.kind == "train" else 0
+
+    # -- orders from our own daemon
+
+    def set_members(self, members: Iterable[PeerId]) -> None:
+        """Say who is in the mesh: candidates for a witness."""
+        self._members = frozenset(members)
+
+    def set_joining(self, joins: bool, hint: PeerId | None, now: float) -> None:
+        """Say whether we want to take part, and whom to ask if we know better."""
+        self._join_hint = hint
+        if joins and not self._joins:
+            self._join_due = now
+        self._joins = joins
+
+    def leave(self, now: float, *, failed: bool = False, reason: str = "") -> None:
+        """Ask to be left out; at once when our worker ``failed``."""
+        self._leaving = not failed
+        if not failed:
+            self._joins = False
+        if self.me in self.committed.participants:
+            self._tell("leave", Leave(self.job, failed, reason[:500]), now)
+
+    def stop(self, now: float) -> bool:
+        """Cancel the job; False when only the coordinator can."""
+        if not self.coordinates:
+            return self.over
+        self._end(Trigger.STOPPED, "stopped by a member", now)
+        return True
+
+    def learn_status(self, status: JobStatus) -> None:
+        """Follow a replicated status that says the job ended."""
+        if is_over(status.state) and not self.over:
+            self._adopt_end(status.state, "")
+
+    def saved(self, root: str, reason: str, now: float) -> None:
+        """Our runner wrote the checkpoint ``root``, or failed to when it is empty."""
+        self._saving = False
+        at = self.committed.counter
+        self._tell("saved", Saved(self.job, at, self.rounds, root, reason[:500]), now)
+
+    # -- events of our runner
+
+    def event(self, event: RunnerEvent, now: float) -> None:
+        """Take a fact from our runner."""
+        match event:
+            case RoundReport():
+                if event.counter == self.committed.counter:
+                    self._tell("report", event, now)
+            case StateHeld():
+                self._on_held(event, now)
+            case RunnerProgress() | RunnerResult():
+                self._facts.update(event.facts)
+                self._facts_due = min(self._facts_due, now + self._patience / 5)
+            case RunnerFailed():
+                self._on_worker_failed(event, now)
+
+    def _on_held(self, event: StateHeld, now: float) -> None:
+        generation = self.committed
+        base = (generation.base_round, generation.state_digest)
+        state = (event.round, event.state_digest)
+        if event.counter < generation.counter and state != base:
+            return  # of a generation that was rolled back meanwhile
+        self._held = Held(event.round, event.state_digest, has_state=True)
+        if self._busy is not None and event.round >= self._busy[0]:
+            self._busy = None
+        if self.takes_part:
+            self._tell("held", replace(event, counter=generation.counter), now)
+
+    def _on_worker_failed(self, event: RunnerFailed, now: float) -> None:
+        self._worker_failures += 1
+        self._held, self._busy = Held(), None
+        self._record("worker_failed", self.me, {"code": event.code})
+        self._effects.append(Retire())
+        reason = f"{event.code}: {event.reason}"
+        self.leave(now, failed=True, reason=reason)
+        if self._worker_failures >= MAX_WORKER_FAILURES:
+            self._joins = False
+            self.reason = reason
+        self._join_due = now + self._patience * 2**self._worker_failures / 4
+
+    def _tell(self, name: str, message: Upward, now: float) -> None:
+        """Send ``message`` to the coordinator, who may be ourselves."""
+        if self.over:
+            return
+        if self.committed.coordinator == self.me:
+            self._coordinate(self.me, message, now)
+        else:
+            self._outbox.put(self.committed.coordinator, name, message, now)
+
+    # -- messages
+
+    def receive(self, sender: PeerId, message: JobMessage, now: float) -> JobMessage:
+        """Return the answer to ``message``; send it after the effects of a poll."""
+        self._liveness.heard(sender, now)
+        if self.over and not isinstance(message, Finished | Done):
+            return self.acceptor.refuse("E_OVER", f"the job is {self.state.value}")
+        match message:
+            case Propose():
+                return self._on_propose(message, now)
+            case Commit():
+                return self._on_commit(message, now)
+            case Inquire():
+                return self._standing(message.counter, now)
+            case Beat():
+                return self._on_beat(sender, message, now)
+            case RoundDecision():
+                return self._on_decision(sender, message, now)
+            case Save():
+                return self._on_save(sender, message)
+            case Finished():
+                self._adopt_end(JobState(message.state), message.reason)
+                return Done()
+            case RoundReport() | StateHeld() | PeerFacts() | Saved() | Join() | Leave():
+                return self._coordinate(sender, message, now)
+            case Ack() | Nack() | Standing() | Done():
+                raise RemoteProtocolError(f"{type(message).__name__} is an answer")
+
+    def _applying(self, now: float) -> bool:
+        return self._busy is not None and now < self._busy[1]
+
+    def _on_propose(self, propose: Propose, now: float) -> JobMessage:
+        if self._applying(now):
+            return self.acceptor.refuse("E_BUSY", "applying a decision")
+        answer, record = self.acceptor.on_propose(propose, self._held)
+        if record is not None:
+            self._effects.append(Persist(record))
+        if isinstance(answer, AckBody):
+            return Ack(seal(self._signer, KIND_ACK, ACK_BODY.encode(answer)))
+        return answer
+
+    def _on_commit(self, commit: Commit, now: float) -> JobMessage:
+        self._learn(commit, now)
+        return Done()
+
+    def _follows(self, now: float) -> bool:
+        if self.committed.coordinator == self.me:
+            return self.coordinates
+        return now - self._coordinator_heard < 0.8 * self._patience
+
+    def _standing(self, counter: int, now: float) -> Standing:
+        newer = self.committed.counter > counter
+        commit = self.acceptor.commit()
+        return Standing(
+            job=self.job,
+            promised=self.acceptor.promised,
+            held_round=self._held.round,
+            held_digest=self._held.digest,
+            has_state=self._held.has_state,
+            follows=self._follows(now),
+            busy=self._applying(now),
+            committed=commit.generation if newer else None,
+            proof=commit.acks if newer else (),
+        )
+
+    def _from_coordinator(
+        self, sender: PeerId, counter: int, now: float
+    ) -> Nack | None:
+        """Return a refusal unless ``sender`` may command under epoch ``counter``."""
+        generation = self.committed
+        if counter > generation.counter:
+            return self.acceptor.refuse("E_NOT_YET", f"epoch {counter} is unknown here")
+        if counter < generation.counter or sender != generation.coordinator:
+            reason = f"epoch {counter} of {short(sender)} is over"
+            return self.acceptor.refuse("E_STALE", reason)
+        self._coordinator_heard = now
+        if self.acceptor.fenced:
+            reason = f"promised epoch {self.acceptor.promised}"
+            return self.acceptor.refuse("E_FENCED", reason)
+        return None
+
+    def _on_beat(self, sender: PeerId, beat: Beat, now: float) -> JobMessage:
+        refusal = self._from_coordinator(sender, beat.counter, now)
+        if refusal is not None and refusal.code == "E_STALE":
+            return refusal
+        self._blocked = None
+        if self._resumed and self._joins:
+            self._join_due = min(self._join_due, now)
+        return self._standing(beat.counter, now)
+
+    def _on_decision(
+        self, sender: PeerId, decision: RoundDecision, now: float
+    ) -> JobMessage:
+        refusal = self._from_coordinator(sender, decision.counter, now)
+        if refusal is not None:
+            return refusal
+        if not self.takes_part or decision.round <= self._decided:
+            return Done()
+        self._decided = decision.round
+        self._busy = (decision.round + 1, now + self._patience)
+        self.ledger.decided(decision)
+        self._effects.append(Decide(decision))
+        return Done()
+
+    def _on_save(self, sender: PeerId, save: Save) -> JobMessage:
+        acts = sender == self.committed.coordinator and self.takes_part
+        if not acts or save.counter != self.committed.counter:
+            return self.acceptor.refuse("E_STALE", f"epoch {save.counter} is over")
+        if not self._saving:
+            self._saving = True
+            self._effects.append(SaveState(save.round))
+        return Done()
+
+    def _coordinate(self, sender: PeerId, message: Upward, now: float) -> JobMessage:
+        """Take a participant's message as coordinator."""
+        role, mine = self._role, self.committed.counter
+        counter = mine if isinstance(message, Join | Leave) else message.counter
+        if counter > mine:
+            return self.acceptor.refuse("E_NOT_YET", f"epoch {counter} is unknown here")
+        if role is None or counter < mine:
+            return self.acceptor.refuse("E_NOT_COORDINATOR", "not under this epoch")
+        match message:
+            case RoundReport():
+                role.report(sender, message, now)
+            case StateHeld():
+                self._coordinate_held(role, sender, message)
+            case PeerFacts():
+                self.ledger.peer_facts(sender, message.facts)
+            case Saved():
+                self._on_saved(role, sender, message, now)
+            case Join():
+                role.join(sender)
+            case Leave():
+                role.leave(sender, failed=message.failed)
+        return Done()
+
+    def _coordinate_held(
+        self, role: Coordinator, sender: PeerId, held: StateHeld
+    ) -> None:
+        if wrong := role.held(sender, held):
+            self._effects.append(Diverged(wrong))
+            self._record("diverged", sender, {"round": held.round, "peers": wrong})
+        if self.ledger.held(held) and held.validation_loss is not None:
+            facts = {"round": held.round, "validation_loss": held.validation_loss}
+            self._record("validated", sender, dict(facts))
+
+    # -- answers to what we sent
+
+    def replied(
+        self, peer: PeerId, request: JobMessage, reply: JobMessage, now: float
+    ) -> None:
+        """``peer`` answered ``request``."""
+        self._liveness.heard(peer, now)
+        if isinstance(reply, Standing | Nack):
+            self._note_promise(peer, reply)
+        if isinstance(request, Inquire | Propose):
+            self._campaign_reply(peer, request, reply, now)
+            return
+        retry = isinstance(reply, Nack) and reply.code in ("E_NOT_YET", "E_BUSY")
+        if retry:
+            self._outbox.failed(peer, request, now)
+        else:
+            self._outbox.answered(peer, request)
+        if isinstance(reply, Nack | Standing) and reply.committed is not None:
+            self._learn(Commit(reply.committed, reply.proof), now)
+
+    def failed(self, peer: PeerId, request: JobMessage, now: float) -> None:
+        """``request`` did not reach ``peer``, or no answer came."""
+        self._liveness.failed(peer)
+        if isinstance(request, Inquire | Propose):
+            if self.campaign is not None and self._is_current(request):
+                self.campaign.on_silence(peer, now)
+        elif isinstance(request, Commit | Finished) and peer not in self._audience():
+            self._outbox.answered(peer, request)  # it left; it will ask when it is back
+        else:
+            self._outbox.failed(peer, request, now)
+
+    def _audience(self) -> frozenset[PeerId]:
+        return electors(self.committed)
+
+    def _note_promise(self, peer: PeerId, reply: Standing | Nack) -> None:
+        if peer in self._audience():
+            self._highest_seen = max(self._highest_seen, reply.promised)
+
+    def _is_current(self, request: Inquire | Propose) -> bool:
+        campaign = self.campaign
+        if campaign is None:
+            return False
+        if isinstance(request, Inquire):
+            return campaign.phase is Phase.INQUIRING
+        return campaign.target is request.generation
+
+    def _campaign_reply(
+        self,
+        peer: PeerId,
+        request: Inquire | Propose,
+        reply: JobMessage,
+        now: float,
+    ) -> None:
+        campaign = self.campaign
+        if campaign is None or campaign.over or not self._is_current(request):
+            return
+        match reply:
+            case Standing():
+                campaign.on_standing(peer, reply, now)
+            case Ack():
+                campaign.on_ack(peer, reply, now)
+            case Nack():
+                campaign.on_nack(peer, reply, now)
+            case _:
+                campaign.on_silence(peer, now)
+
+    # -- generations
+
+    def _learn(self, commit: Commit, now: float) -> None:
+        """Adopt a newer committed generation."""
+        if commit.generation.counter <= self.committed.counter or self.over:
+            return
+        try:
+            check_commit(commit, self.committed)
+            record = self.acceptor.on_commit(commit)
+        except (IntegrityError, RemoteProtocolError) as exc:
+            self._record("commit_refused", None, {"reason": exc.reason})
+            return
+        if record is not None:
+            self._effects.append(Persist(record))
+            self._enter(commit.generation, now)
+
+    def _enter(self, generation: Generation, now: float) -> None:
+        """Act, or stop acting, in a generation we just adopted."""
+        self.campaign, self._blocked, self._busy = None, None, None
+        self._resumed = self._saving = False
+        self._outbox.clear()
+        self._coordinator_heard = now
+        self._campaign_at = now
+        self._decided = generation.base_round - 1
+        self.state = advance(self.state, Trigger.STARTED)
+        self.ledger.start(now)
+        if generation.base_round < self._held.round:
+            self._held = Held()  # rolled back: our runner fetches the older state
+        self._take_role(now)
+        self._record(
+            "generation",
+            generation.coordinator,
+            {
+                "counter": generation.counter,
+                "participants": len(generation.participants),
+                "round": generation.base_round,
+            },
+        )
+        if self._role is not None:
+            self._effects.append(Publish(generation))
+        if not self.takes_part:
+            if self.me not in generation.participants:
+                self._held = Held()
+                self._effects.append(Retire())
+            return
+        self._effects.append(Apply(generation))
+        base = (generation.base_round, generation.state_digest)
+        if self._held.has_state and base == (self._held.round, self._held.digest):
+            counter, (at, digest) = generation.counter, base
+            self._tell("held", StateHeld(self.job, counter, at, digest), now)
+
+    def _take_role(self, now: float) -> None:
+        generation = self.committed
+        mine = generation.coordinator == self.me and not self.acceptor.fenced
+        self._role = Coordinator(generation, self.spec, now) if mine else None
+        self._liveness.watch(electors(generation) - {self.me} if mine else (), now)
+
+    # -- time
+
+    def poll(self, now: float) -> Outputs:
+        """Do what is due and return everything to perform and to send."""
+        sends: list[tuple[PeerId, JobMessage]] = []
+        if not self.over:
+            self._tick(now)
+        while True:
+            batch = self._outgoing(now)
+            if not batch:
+                break
+            for peer, message in batch:
+                if peer == self.me:
+                    answer = self.receive(self.me, message, now)
+                    self.replied(self.me, message, answer, now)
+                else:
+                    sends.append((peer, message))
+            if not self.over:
+                self._conclude_campaign(now)
+        effects, self._effects = tuple(self._effects), []
+        return Outputs(effects, tuple(sends))
+
+    def _outgoing(self, now: float) -> list[tuple[PeerId, JobMessage]]:
+        campaign = self.campaign if not self.over else None
+        return [*self._outbox.take(now), *(campaign.outgoing() if campaign else ())]
+
+    def _tick(self, now: float) -> None:
+        if self.campaign is not None and now >= self.campaign.deadline:
+            self.campaign.on_timeout(now)
+        self._conclude_campaign(now)
+        self._send_facts(now)
+        if self._role is not None:
+            self._coordinate_tick(self._role, now)
+        elif self.me in self.committed.participants:
+            self._candidate_tick(now)
+        if not self.over:
+            self._ask_to_join(now)
+
+    def next_timeout(self, now: float) -> float:
+        """Return when :meth:`poll` is due at the latest."""
+        due = [now + self._patience / 4]
+        if (outgoing := self._outbox.next_timeout()) is not None:
+            due.append(outgoing)
+        if self.campaign is not None:
+            due.append(self.campaign.deadline)
+        if self._role is not None:
+            deadline = self._role.table.deadline()
+            if deadline is not None and deadline > now:
+                due.append(deadline)
+        return min(due)
+
+    def _send_facts(self, now: float) -> None:
+        if self._facts and now >= self._facts_due and self.takes_part:
+            self._facts_due = now + self._patience / 5
+            facts = dict(self._facts)
+            self._facts.clear()
+            self._tell("facts", PeerFacts(self.job, self.committed.counter, facts), now)
+
+    def _ask_to_join(self, now: float) -> None:
+        """Ask the coordinator for a place, until a generation lists us."""
+        if not self._joins or self.takes_part or now < self._join_due:
+            if self._needs_place(now):
+                self._place(now)
+            return
+        if self.acceptor.fenced and self.me in self.committed.participants:
+            return  # our promise is about a generation that will list us
+        self._place(now)
+
+    def _needs_place(self, now: float) -> bool:
+        """Whether our worker failed, and it is time to try again."""
+        failed = 0 < self._worker_failures < MAX_WORKER_FAILURES
+        return (
+            failed
+            and self._joins
+            and not self._held.has_state
+            and (now >= self._join_due and self.takes_part)
+        )
+
+    def _place(self, now: float) -> None:
+        self._join_due = now + self._patience
+        target = self._join_hint or self.committed.coordinator
+        if target == self.me or self.committed.coordinator == self.me:
+            if self._role is not None:
+                self._coordinate(self.me, Join(self.job), now)
+            return
+        self._outbox.put(target, "join", Join(self.job), now)
+
+    # -- candidate
+
+    def _rank(self) -> int:
+        """Return our place in the order of succession."""
+        generation = self.committed
+        key = (self.job + generation_hash(generation)).encode()
+        others = [p for p in generation.participants if p != generation.coordinator]
+        return rendezvous_order(key, others).index(self.me) if self.me in others else 0
+
+    def _candidate_tick(self, now: float) -> None:
+        silence = now - self._coordinator_heard
+        resumed = self._resumed and self.committed.coordinator == self.me
+        waited = silence >= self._patience * (1 + self._rank() / 2)
+        fenced = self.acceptor.fenced and self.committed.coordinator == self.me
+        if resumed or fenced or waited:
+            self._start_campaign(now, self.committed.participants, depose=False)
+
+    def _start_campaign(
+        self, now: float, wanted: tuple[PeerId, ...], *, depose: bool
+    ) -> None:
+        if self.campaign is not None or now < self._campaign_at or self._applying(now):
+            return
+        wish = Wish(
+            participants=wanted,
+            max_peers=self.spec.require.max_peers,
+            members=self._members,
+            avoid_coordinator=self.me not in wanted,
+            depose=depose or self.committed.coordinator == self.me,
+        )
+        promised = max(self.acceptor.promised, self._highest_seen)
+        self.campaign = Campaign(
+            self.committed,
+            self.me,
+            wish,
+            promised=promised,
+            now=now,
+            window=0.6 * self._patience,
+        )
+
+    def _conclude_campaign(self, now: float) -> None:
+        campaign = self.campaign
+        if campaign is None or not campaign.over:
+            return
+        self.campaign = None
+        self._highest_seen = max(self._highest_seen, campaign.highest)
+        if campaign.commit is not None:
+            self._won(campaign.commit, electors(campaign.base), now)
+            return
+        wait = 0.1 if campaign.reason == BUSY else 0.3 + 0.7 * self._random.random()
+        self._campaign_at = now + wait * self._patience
+        if campaign.newer is not None:
+            self._learn(campaign.newer, now)
+        elif campaign.reason == FOLLOWED:
+            self._blocked = Pause(
+                "coordinator_unreachable",
+                f"{short(self.committed.coordinator)} answers others, not us",
+                "fabric why PEER shows the path to it",
+            )
+        elif campaign.missing:
+            self._blocked = no_quorum(campaign.missing)
+        elif campaign.reason == NOBODY and self._worker_failures:
+            self._end(Trigger.BROKE, self.reason or "the worker failed", now)
+
+    def _won(self, commit: Commit, before: frozenset[PeerId], now: float) -> None:
+        self._learn(commit, now)
+        if self.committed is commit.generation:
+            for peer in sorted(before | self._audience()):
+                if peer != self.me:
+                    self._outbox.put(peer, "commit", commit, now)
+
+    # -- coordinator
+
+    def _live(self, now: float) -> frozenset[PeerId]:
+        lost = self._liveness.lost(now)
+        return frozenset(self.committed.participants) - lost
+
+    def _quorum_pause(self, now: float) -> Pause | None:
+        group = electors(self.committed)
+        lost = self._liveness.lost(now)
+        if has_majority(group, group - lost):
+            return None
+        return no_quorum(tuple(sorted(lost)))
+
+    def _coordinate_tick(self, role: Coordinator, now: float) -> None:
+        if now >= self._beat_due and not role.genesis:
+            self._beat_due = now + self._patience / 4
+            beat = Beat(self.job, self.committed.counter, role.table.round)
+            for peer in electors(self.committed) - {self.me}:
+                self._outbox.put(peer, "beat", beat, now)
+        live = self._live(now)
+        if self._quorum_pause(now) is not None:
+            return
+        fenced = self.acceptor.fenced or self._highest_seen > self.committed.counter
+        why = "a later epoch was promised" if fenced else role.change_wanted(live, now)
+        if why:
+            lost = () if role.genesis else self._liveness.lost(now)
+            wanted = tuple(p for p in role.wanted() if p not in lost)
+            self._start_campaign(now, wanted, depose=True)
+        elif self.campaign is None:
+            self._decide(role, live, now)
+
+    def _decide(self, role: Coordinator, live: frozenset[PeerId], now: float) -> None:
+        closed = role.decide(live, now)
+        if closed is not None:
+            decision = replace(closed.decision, tokens_before=self.ledger.tokens)
+            self._record("round", self.me, self.ledger.closed(closed))
+            for peer in self.committed.participants:
+                self._outbox.put(peer, "decision", decision, now)
+            self._effects.append(Publish())
+        elif role.finished(live - role.broken):
+            self._complete(role, live - role.broken, now)
+
+    def _complete(self, role: Coordinator, live: frozenset[PeerId], now: float) -> None:
+        saver = role.saver(live)
+        if saver is None:
+            self._end(Trigger.BROKE, "no participant could write the checkpoint", now)
+        elif saver != role.asked_saver:
+            role.asked_saver = saver
+            self.ledger.put("parameter_digest", role.final_digest(live))
+            self.ledger.put("peers_equal", len(live))
+            save = Save(self.job, self.committed.counter, self.rounds)
+            self._outbox.put(saver, "save", save, now)
+
+    def _on_saved(
+        self, role: Coordinator, sender: PeerId, saved: Saved, now: float
+    ) -> None:
+        if sender != role.asked_saver:
+            return
+        if not saved.root:
+            role.save_failed(sender)
+            self._record("save_failed", sender, {"reason": saved.reason})
+            return
+        self.ledger.put("checkpoint", saved.root)
+        self.ledger.put("rounds", self.rounds)
+        self._end(Trigger.COMPLETED, "", now)
+
+    # -- the end
+
+    def _end(self, trigger: Trigger, reason: str, now: float) -> None:
+        """End the job as its coordinator and tell everybody."""
+        state = advance(self.state, trigger)
+        tell = self._audience() | (self._role.joiners.keys() if self._role else set())
+        self._outbox.clear()
+        self._adopt_end(state, reason)
+        self._effects.append(Publish())
+        finished = Finished(self.job, self.committed.counter, state.value, reason[:500])
+        for peer in sorted(tell - {self.me}):
+            self._outbox.put(peer, "finished", finished, now)
+
+    def _adopt_end(self, state: JobState, reason: str) -> None:
+        if self.over or not is_over(state):
+            return
+        self.state, self.reason = state, reason
+        self.campaign, self._role = None, None
+        self._outbox.clear()
+        self._record(state.value, self.me, {"reason": reason} if reason else {})
+        self._effects += [Retire(), Ended(state)]
+
+    def _record(
+        self,
+        kind: str,
+        peer: PeerId | None,
+        facts: dict[str, str | int | float | bool],
+    ) -> None:
+        self._effects.append(Recorded(kind, peer, facts))
+
+
+def no_quorum(missing: tuple[PeerId, ...]) -> Pause:
+    """Return the pause of a minority, naming who is missing."""
+    names = ", ".join(short(peer) for peer in missing[:8])
+    return Pause(
+        "no_quorum",
+        f"no majority of the last participants answers; missing: {names}",
+        "bring a missing peer back, or stop the job",
+    )

@@ -1,0 +1,362 @@
+"""Seats of several peers over a network of virtual time, with runners that do sums.
+
+The "model" is a number. A contribution of peer p to round r is a hash of (state, p), the
+next state a hash of the state and the contributions in order, so equal digests mean that
+every peer applied exactly the same decisions.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fabric.core.digest import digest, hex_digest
+from fabric.core.ids import PeerId
+from fabric.core.signing import Ed25519Signer
+from fabric.jobs.effects import (
+    Apply,
+    Decide,
+    Diverged,
+    Ended,
+    Persist,
+    Publish,
+    Recorded,
+    Retire,
+    SaveState,
+)
+from fabric.jobs.messages import (
+    CODEC,
+    Commit,
+    Generation,
+    RoundDecision,
+    RoundReport,
+    StateHeld,
+)
+from fabric.jobs.promises import RECORD
+from fabric.jobs.seat import Seat
+from fabric.jobs.spec import (
+    FaultSpec,
+    JobSpec,
+    OuterSpec,
+    RequireSpec,
+    TrainSpec,
+    job_id,
+)
+
+PATIENCE = 4.0
+
+
+def signer(number: int) -> Ed25519Signer:
+    return Ed25519Signer(digest(f"peer {number}".encode()))
+
+
+@dataclass
+class Sums:
+    """One peer's runner. States of the last rounds stay available to others."""
+
+    states: dict[int, str] = field(default_factory=lambda: {0: "initial"})
+    generation: Generation | None = None
+    round: int = 0
+    work_until: float = 0.0
+    holds: set[str] = field(default_factory=set)
+    reported: tuple[str, ...] | None = None
+    fetching: bool = False
+    decision: RoundDecision | None = None
+    speed: float = 1.0
+
+
+class Net:
+    """Seats, their messages in flight, their runners, and the faults."""
+
+    def __init__(
+        self, num_peers: int, *, rounds: int = 3, min_peers: int = 3, seed: int = 0
+    ) -> None:
+        self.random = random.Random(seed)
+        self.signers = [signer(i) for i in range(num_peers)]
+        self.ids = [s.peer_id for s in self.signers]
+        self.spec = JobSpec(
+            train=TrainSpec(outer=OuterSpec(rounds=rounds)),
+            require=RequireSpec(min_peers=min_peers),
+            fault=FaultSpec(patience_seconds=PATIENCE),
+            submitter=self.ids[0],
+            nonce="n",
+        )
+        self.job = job_id(self.spec)
+        self.now = 0.0
+        self.loss = 0.0
+        self.latency = 0.02
+        self.groups: list[set[PeerId]] = [set(self.ids)]
+        self.disk: dict[PeerId, bytes] = {}
+        self.seats: dict[PeerId, Seat] = {}
+        self.sums: dict[PeerId, Sums] = {}
+        self.queue: list[tuple[float, int, Callable[[], None]]] = []
+        self.serial = 0
+        self.commits: dict[int, Generation] = {}
+        self.decisions: dict[tuple[int, int], RoundDecision] = {}
+        self.log: list[tuple[float, PeerId, Recorded]] = []
+        self.diverged = 0
+        self.before_deliver: Callable[[PeerId, PeerId, Any], bool] = lambda a, b, m: (
+            True
+        )
+        self.due: dict[PeerId, float] = {}
+
+    # -- faults
+
+    def start(self, index: int) -> None:
+        peer = self.ids[index]
+        raw = self.disk.get(peer)
+        record = RECORD.decode_untrusted(raw) if raw else None
+        seat = Seat(
+            self.job,
+            self.spec,
+            self.signers[index],
+            record=record,
+            now=self.now,
+            seed=1,
+        )
+        seat.set_members(self.ids)
+        seat.set_joining(True, None, self.now)
+        self.seats[peer], self.sums[peer] = seat, Sums()
+        self.due[peer] = self.now
+
+    def kill(self, index: int) -> None:
+        self.seats.pop(self.ids[index], None)
+        self.sums.pop(self.ids[index], None)
+
+    def partition(self, *groups: tuple[int, ...]) -> None:
+        self.groups = [{self.ids[i] for i in group} for group in groups]
+
+    def heal(self) -> None:
+        self.groups, self.loss = [set(self.ids)], 0.0
+
+    def linked(self, one: PeerId, other: PeerId) -> bool:
+        alive = one in self.seats and other in self.seats
+        return alive and any(one in g and other in g for g in self.groups)
+
+    # -- messages
+
+    def later(self, delay: float, action: Callable[[], None]) -> None:
+        self.serial += 1
+        heapq.heappush(self.queue, (self.now + delay, self.serial, action))
+
+    def lost(self) -> bool:
+        return self.random.random() < self.loss
+
+    def send(self, sender: PeerId, peer: PeerId, message: Any) -> None:
+        seat = self.seats[sender]
+        sent_at = self.now
+
+        def fail() -> None:
+            if self.seats.get(sender) is seat:
+                seat.failed(peer, message, self.now)
+                self.pump(sender)
+
+        def deliver() -> None:
+            ok = self.linked(sender, peer) and not self.lost()
+            if not ok or not self.before_deliver(sender, peer, message):
+                self.later(max(0.0, PATIENCE / 2 - (self.now - sent_at)), fail)
+                return
+            other = self.seats[peer]
+            wire = CODEC.decode_untrusted(CODEC.encode(message))
+            reply = other.receive(sender, wire, self.now)
+            self.pump(peer)
+            self.later(
+                self.latency * (0.5 + self.random.random()), lambda: answer(reply)
+            )
+
+        def answer(reply: Any) -> None:
+            if not self.linked(sender, peer) or self.lost():
+                self.later(max(0.0, PATIENCE / 2 - (self.now - sent_at)), fail)
+            elif self.seats.get(sender) is seat:
+                seat.replied(
+                    peer, message, CODEC.decode_untrusted(CODEC.encode(reply)), self.now
+                )
+                self.pump(sender)
+
+        self.later(self.latency * (0.5 + self.random.random()), deliver)
+
+    def pump(self, peer: PeerId) -> None:
+        seat = self.seats.get(peer)
+        if seat is None:
+            return
+        outputs = seat.poll(self.now)
+        for effect in outputs.effects:
+            self.perform(peer, effect)
+        for other, message in outputs.sends:
+            self.note(message)
+            self.send(peer, other, message)
+        self.due[peer] = seat.next_timeout(self.now)
+
+    def note(self, message: Any) -> None:
+        """The two safety properties, checked on everything that is sent."""
+        if isinstance(message, Commit):
+            generation = message.generation
+            known = self.commits.setdefault(generation.counter, generation)
+            assert known == generation, (
+                f"two generations with epoch {generation.counter}"
+            )
+        if isinstance(message, RoundDecision):
+            key = (message.counter, message.round)
+            assert self.decisions.setdefault(key, message) == message
+
+    def perform(self, peer: PeerId, effect: Any) -> None:
+        sums = self.sums[peer]
+        match effect:
+            case Persist():
+                self.disk[peer] = RECORD.encode(effect.record)
+                committed = effect.record.committed
+                known = self.commits.setdefault(committed.counter, committed)
+                assert known == committed, f"two generations, epoch {committed.counter}"
+            case Apply():
+                self.apply(peer, sums, effect.generation)
+            case Retire():
+                sums.generation = None
+            case Decide():
+                key = (effect.decision.counter, effect.decision.round)
+                known_decision = self.decisions.setdefault(key, effect.decision)
+                assert known_decision == effect.decision, f"two decisions of {key}"
+                sums.decision = effect.decision
+            case SaveState():
+                root = hex_digest(sums.states[effect.round].encode())
+                self.later(0.1, lambda: self.saved(peer, root))
+            case Recorded():
+                self.log.append((self.now, peer, effect))
+            case Diverged():
+                self.diverged += effect.num_peers
+            case Publish() | Ended():
+                pass
+
+    def saved(self, peer: PeerId, root: str) -> None:
+        if peer in self.seats:
+            self.seats[peer].saved(root, "", self.now)
+            self.pump(peer)
+
+    # -- runners
+
+    def apply(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
+        fresh = sums.generation is None or sums.round != generation.base_round
+        sums.generation, sums.decision, sums.reported = generation, None, None
+        base = generation.base_round
+        have = sums.states.get(base) if base else "initial"
+        right = (
+            base == 0
+            or have is not None
+            and hex_digest(have.encode()) == generation.state_digest
+        )
+        sums.fetching = not right
+        sums.round = base
+        if base == 0:
+            sums.states = {0: "initial"}
+        if fresh:
+            sums.work_until = self.now + sums.speed
+            sums.holds = set()
+
+    def step_runner(self, peer: PeerId) -> None:
+        seat, sums = self.seats[peer], self.sums[peer]
+        generation = sums.generation
+        if generation is None:
+            return
+        if sums.fetching:
+            self.fetch(peer, sums, generation)
+            return
+        if sums.round >= self.spec.train.outer.rounds:
+            if sums.reported is None:
+                sums.reported = ()
+                self.tell_held(peer, sums, generation)
+            return
+        if self.now >= sums.work_until:
+            sums.holds.add(peer)
+        for other in generation.participants:
+            theirs = self.sums.get(other)
+            if other != peer and theirs is not None and self.linked(peer, other):
+                same = theirs.round == sums.round and other in theirs.holds
+                if same and theirs.states.get(sums.round) == sums.states[sums.round]:
+                    sums.holds.add(other)
+        holds = tuple(sorted(sums.holds))
+        if holds and holds != sums.reported:
+            sums.reported = holds
+            tokens = 100 if peer in holds else 0
+            report = RoundReport(
+                self.job, generation.counter, sums.round, holds, tokens, 2.0
+            )
+            seat.event(report, self.now)
+            self.pump(peer)
+        self.follow(peer, sums, generation)
+
+    def follow(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
+        decision = sums.decision
+        if decision is None or decision.counter != generation.counter:
+            return
+        if decision.round != sums.round or not set(decision.contributors) <= sums.holds:
+            return
+        state = sums.states[sums.round]
+        parts = "".join(hex_digest((state + p).encode()) for p in decision.contributors)
+        sums.round += 1
+        sums.states[sums.round] = hex_digest((state + parts).encode())
+        sums.states.pop(sums.round - 3, None)
+        sums.work_until = self.now + sums.speed
+        sums.holds, sums.reported, sums.decision = set(), None, None
+        self.tell_held(peer, sums, generation)
+
+    def fetch(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
+        base = generation.base_round
+        for source in generation.sources:
+            state = self.sums[source].states.get(base) if source in self.sums else None
+            if state is None or not self.linked(peer, source):
+                continue
+            if hex_digest(state.encode()) == generation.state_digest:
+                sums.states, sums.fetching = {base: state}, False
+                sums.work_until = self.now + sums.speed
+                self.tell_held(peer, sums, generation)
+                return
+
+    def tell_held(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
+        digest_hex = hex_digest(sums.states[sums.round].encode())
+        held = StateHeld(self.job, generation.counter, sums.round, digest_hex)
+        self.seats[peer].event(held, self.now)
+        self.pump(peer)
+
+    # -- time
+
+    def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Advance virtual time; return whether ``until`` came true."""
+        end = self.now + seconds
+        step = 0.1
+        while self.now < end and not until():
+            horizon = self.now + step
+            while self.queue and self.queue[0][0] <= horizon:
+                at, _, action = heapq.heappop(self.queue)
+                self.now = max(self.now, at)
+                action()
+            self.now = horizon
+            for peer in [p for p in self.ids if p in self.seats]:
+                self.step_runner(peer)
+                if self.due[peer] <= self.now:
+                    self.pump(peer)
+        return until()
+
+    # -- questions
+
+    def alive(self) -> list[Seat]:
+        return list(self.seats.values())
+
+    def all_done(self) -> bool:
+        return all(seat.state.value == "done" for seat in self.alive())
+
+    def final_states(self) -> set[str | None]:
+        rounds = self.spec.train.outer.rounds
+        return {
+            sums.states.get(rounds)
+            for sums in self.sums.values()
+            if sums.generation or True
+        }
+
+
+@pytest.fixture
+def make_net() -> type[Net]:
+    return Net
