@@ -1,1 +1,1 @@
-"""Checkpoints: canonical format, save, load, verify, convert (docs/checkpoint-format.md)."""
+"""Checkpoints: canonical format, save, load, verify and convert."""

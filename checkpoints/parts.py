@@ -37,6 +37,13 @@ def no_hook(point: str) -> None:
     """Do nothing."""
 
 
+def chunk_key(name: str, shape: Sequence[int], box: Box) -> str:
+    """Return the name of a chunk in its safetensors file: a part says where it lies."""
+    if box == whole(shape):
+        return name
+    return f"{name}@{','.join(map(str, box.offsets))}"
+
+
 class ChunkSource(msgspec.Struct, frozen=True):
     """A box of a tensor, and where its bytes come from.
 
@@ -62,10 +69,8 @@ class ChunkSource(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """Its name in the safetensors file: a part of a tensor says where it lies."""
-        if self.box == whole(self.shape):
-            return self.name
-        return f"{self.name}@{','.join(map(str, self.box.offsets))}"
+        """Its name in the safetensors file."""
+        return chunk_key(self.name, self.shape, self.box)
 
 
 class WriterPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

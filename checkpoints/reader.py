@@ -8,7 +8,7 @@ a small cache, hashed, and copied from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -196,11 +196,3 @@ class CheckpointReader:
 def _read_manifest_bytes(path: Path) -> bytes:
     with disk_errors(path), (path / MANIFEST_NAME).open("rb") as file:
         return file.read(MAX_MANIFEST_BYTES + 1)
-
-
-Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all; called often, so it must be cheap."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Do nothing."""
