@@ -1,0 +1,463 @@
+"""The data plane: a TCP listener, and offers that say who may connect to it and why.
+
+It knows how a connection comes about. What a connection is for is known by acceptors:
+RPC (here), bulk services (``bulk_paths.py``) and workers (``paths.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
+
+import trio
+
+from fabric.bulk.certificates import (
+    IDENTITY_LIFE_SECONDS,
+    Credentials,
+    check_identity_certificate_untrusted,
+    issue_identity_certificate,
+)
+from fabric.bulk.tls import ACCEPTED, check_session, make_context
+from fabric.core.errors import (
+    ConfigError,
+    FabricError,
+    IntegrityError,
+    LocalProtocolError,
+    NoRoute,
+    PeerTimeout,
+    RemoteProtocolError,
+    RemoteRefused,
+    Unavailable,
+)
+from fabric.core.framing import FrameReader, encode_frame
+from fabric.core.ids import PeerId, short
+from fabric.core.signing import Signer
+from fabric.core.telemetry import DROPPED, PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.net.data_config import DataConfig
+from fabric.net.host import Host
+from fabric.net.offers import (
+    LABEL_BYTES,
+    MAX_ADDRESSES,
+    OFFER_REPLY,
+    OFFER_REQUEST,
+    ForRpc,
+    Offer,
+    OfferGranted,
+    OfferPurpose,
+    OfferRefused,
+    OfferRequest,
+    OfferTable,
+    format_address,
+    ip_of_multiaddr,
+    parse_address_untrusted,
+    parse_listen,
+)
+from fabric.net.ports import PROTOCOL_OFFER, PROTOCOL_RPC, Gate
+from fabric.net.tasks import collapse_group
+
+logger = logging.getLogger(__name__)
+
+
+class Acceptor(Protocol):
+    """Decides about offers of one purpose, and takes their connections."""
+
+    def admit_untrusted(
+        self, peer: PeerId, request: OfferRequest, now: float
+    ) -> tuple[bytes, Credentials | None]:
+        """Return the certificate to show, and its key if this process holds it.
+
+        Args:
+            peer: Authenticated by the control stream, allowed by the gate.
+            request: Its purpose is this acceptor's.
+            now: Unix seconds, for the certificate.
+
+        Raises:
+            FabricError: refused; the dialler learns code, reason and next step.
+        """
+        ...
+
+    async def take(self, offer: Offer, sock: socket.socket) -> None:
+        """Own ``sock``, blocking and before TLS; may last as long as the connection.
+
+        Raises:
+            FabricError: the connection came to nothing; ``sock`` is closed.
+        """
+        ...
+
+
+@asynccontextmanager
+async def open_data_plane(
+    config: DataConfig, signer: Signer, host: Host, gate: Gate, counters: Counters
+) -> AsyncIterator[DataPlane]:
+    """Listen and serve offers; leaving closes the listener.
+
+    Args:
+        config: Where to listen; limits.
+        signer: The identity that vouches for our certificates.
+        host: Control plane: carries the offers.
+        gate: Asked for every offer and again when its label comes back.
+        counters: Refusals, protocol errors, drops.
+
+    Raises:
+        ConfigError: ``config.listen`` is malformed or cannot be bound.
+    """
+    plane = DataPlane(config, signer, host, gate, counters)
+    with collapse_group():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(plane.run)
+            yield plane
+            nursery.cancel_scope.cancel()
+
+
+class DataPlane:
+    """Opens and accepts connections; also the RPC service's ``Connector``."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        signer: Signer,
+        host: Host,
+        gate: Gate,
+        counters: Counters,
+    ) -> None:
+        self.config = config
+        self.peer_id = signer.peer_id
+        self.counters = counters
+        self._signer = signer
+        self._host = host
+        self._gate = gate
+        self._offers = OfferTable(
+            life_seconds=config.label_life_seconds,
+            max_offers=config.max_offers,
+            max_per_peer=config.max_offers_per_peer,
+        )
+        self._acceptors: dict[type[OfferPurpose], Acceptor] = {}
+        self._bound: tuple[str, int] = ("", 0)
+        self._pending = 0
+        self._credentials = issue_identity_certificate(signer, time.time())
+        self._issued = time.time()
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Listen until cancelled; started means that the address is bound."""
+        ip, port = parse_listen(self.config.listen)
+        try:
+            listeners = await trio.open_tcp_listeners(port, host=ip)
+        except OSError as exc:
+            raise ConfigError(
+                f"cannot listen on {self.config.listen}: {exc}",
+                code="E_LISTEN",
+                next_step="choose a free port in data.listen",
+            ) from exc
+        self._bound = (ip, listeners[0].socket.getsockname()[1])
+        self._host.set_handler(PROTOCOL_OFFER, self._serve_offer)
+        task_status.started()
+        await trio.serve_listeners(self._serve_connection, listeners)
+
+    def addresses(self) -> tuple[str, ...]:
+        """Return the addresses ("ip:port") that an offer of ours names."""
+        if self.config.advertise:
+            return self.config.advertise[:MAX_ADDRESSES]
+        ip, port = self._bound
+        if ip not in ("0.0.0.0", "::"):
+            return (format_address(ip, port),)
+        ips = [ip_of_multiaddr(addr) for addr in self._host.addrs()]
+        known = dict.fromkeys(found for found in ips if found) or {"127.0.0.1": None}
+        return tuple(format_address(found, port) for found in known)[:MAX_ADDRESSES]
+
+    def serve(self, purpose: type[OfferPurpose], acceptor: Acceptor) -> None:
+        """Let ``acceptor`` decide about offers of type ``purpose``."""
+        if purpose in self._acceptors:
+            raise LocalProtocolError(f"{purpose.__name__} has an acceptor already")
+        self._acceptors[purpose] = acceptor
+
+    def serve_rpc(
+        self, accept: Callable[[PeerId, trio.abc.Stream], Awaitable[None]]
+    ) -> None:
+        """Hand inbound RPC streams to ``accept``, which owns them."""
+        self.serve(ForRpc, _RpcAcceptor(self, accept))
+
+    def identity(self) -> Credentials:
+        """Return our identity certificate, renewed in its first half of life."""
+        now = time.time()
+        if not 0 <= now - self._issued < IDENTITY_LIFE_SECONDS / 2:
+            self._credentials = issue_identity_certificate(self._signer, now)
+            self._issued = now
+        return self._credentials
+
+    async def connect(self, peer: PeerId) -> trio.abc.Stream:
+        """Return an authenticated stream to ``peer`` for RPC.
+
+        Raises:
+            Unavailable: no control connection, or no address answers.
+            RemoteRefused: the peer's gate refuses us.
+            IntegrityError: what answers is not ``peer``.
+        """
+        ours = self.identity()
+        sock, granted = await self.dial(peer, ForRpc(), ours.der)
+        try:
+            check_identity_certificate_untrusted(granted.certificate, peer, time.time())
+            context = make_context(ours, granted.certificate, server=False)
+        except BaseException:
+            sock.close()
+            raise
+        with self._deadline(f"TLS handshake with {peer}"):
+            return await _secure(sock, context, granted.certificate, server=False)
+
+    async def dial(
+        self, peer: PeerId, purpose: OfferPurpose, certificate: bytes
+    ) -> tuple[socket.socket, OfferGranted]:
+        """Return a connected, non-blocking socket whose label was sent.
+
+        The caller checks the granted certificate, and owns the socket.
+
+        Raises:
+            Unavailable: no control connection, no address answers, or the peer has
+                nobody for this purpose now.
+            RemoteRefused: the peer refuses us.
+        """
+        with self._deadline(f"offer to {peer}"):
+            reply = await self._ask(peer, OfferRequest(purpose, certificate))
+        if isinstance(reply, OfferRefused):
+            raise reply.as_error()
+        targets = [parse_address_untrusted(a) for a in reply.addresses]
+        with self._deadline(f"connection to {peer}"):
+            sock = await _connect_any(targets)
+            try:
+                await _send_all(sock, reply.label)
+            except BaseException:
+                sock.close()
+                raise
+        return socket.socket(fileno=sock.detach()), reply
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Void the offers made to ``peer``: the gate's decision changed."""
+        self._offers.forget(peer)
+        await trio.lowlevel.checkpoint()
+
+    async def _ask(
+        self, peer: PeerId, request: OfferRequest
+    ) -> OfferGranted | OfferRefused:
+        stream = await self._host.open_stream(peer, PROTOCOL_OFFER)
+        try:
+            await stream.send_all(encode_frame(OFFER_REQUEST.encode(request)))
+            frame = await _receive_frame_untrusted(stream, OFFER_REPLY.max_bytes)
+            return OFFER_REPLY.decode_untrusted(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise Unavailable(f"control stream broke: {exc}") from exc
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def _serve_offer(self, peer: PeerId, stream: trio.abc.Stream) -> None:
+        reply: OfferGranted | OfferRefused
+        try:
+            with self._deadline(f"offer request of {peer}"):
+                frame = await _receive_frame_untrusted(stream, OFFER_REQUEST.max_bytes)
+                request = OFFER_REQUEST.decode_untrusted(frame)
+                try:
+                    reply = self._grant_untrusted(peer, request)
+                except FabricError as exc:
+                    self.counters.add(REFUSALS, label=exc.code)
+                    reply = OfferRefused.of(exc)
+                await stream.send_all(encode_frame(OFFER_REPLY.encode(reply)))
+        except RemoteProtocolError as exc:
+            self.counters.add(PROTOCOL_ERRORS, label="offer")
+            logger.info("offer.malformed peer=%s reason=%s", short(peer), exc.reason)
+        except (Unavailable, trio.BrokenResourceError, trio.ClosedResourceError):
+            logger.debug("offer.broken peer=%s", short(peer))
+
+    def _grant_untrusted(self, peer: PeerId, request: OfferRequest) -> OfferGranted:
+        self._check_gate(peer, request.purpose)
+        acceptor = self._acceptors.get(type(request.purpose))
+        if acceptor is None:
+            raise Unavailable("nobody here serves this purpose", code="E_NO_SERVICE")
+        der, ours = acceptor.admit_untrusted(peer, request, time.time())
+        label = secrets.token_bytes(LABEL_BYTES)
+        offer = Offer(peer, request.purpose, request.certificate, ours)
+        self._offers.add(label, offer, trio.current_time())
+        return OfferGranted(label, der, self.addresses())
+
+    def _check_gate(self, peer: PeerId, purpose: OfferPurpose) -> None:
+        protocol = PROTOCOL_RPC if isinstance(purpose, ForRpc) else PROTOCOL_OFFER
+        decision = self._gate.allows(peer, protocol)
+        if not decision.allowed:
+            raise RemoteRefused(
+                decision.reason, code=decision.code, next_step=decision.next_step
+            )
+
+    async def _serve_connection(self, stream: trio.SocketStream) -> None:
+        if self._pending >= self.config.max_pending_connections:
+            self.counters.add(DROPPED, label="pending_connections")
+            await trio.aclose_forcefully(stream)
+            return
+        try:
+            offer = await self._receive_label(stream)
+            sock = socket.socket(fileno=stream.socket.detach())
+            await self._acceptors[type(offer.purpose)].take(offer, sock)
+        except (RemoteProtocolError, IntegrityError) as exc:
+            self.counters.add(PROTOCOL_ERRORS, label="data")
+            logger.info("data.refused reason=%s", exc.reason)
+        except FabricError as exc:
+            logger.info("data.failed code=%s reason=%s", exc.code, exc.reason)
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def _receive_label(self, stream: trio.SocketStream) -> Offer:
+        self._pending += 1
+        try:
+            with self._deadline("label"):
+                label = b""
+                while len(label) < LABEL_BYTES:  # and not a byte of the TLS after it
+                    part = await stream.receive_some(LABEL_BYTES - len(label))
+                    if not part:
+                        raise Unavailable("connection closed before its label")
+                    label += part
+        except trio.BrokenResourceError as exc:
+            raise Unavailable(f"connection broke: {exc.__cause__}") from exc
+        finally:
+            self._pending -= 1
+        offer = self._offers.redeem(label, trio.current_time())
+        self._check_gate(offer.peer, offer.purpose)
+        return offer
+
+    @contextmanager
+    def _deadline(self, what: str) -> Iterator[None]:
+        """Bound a step of the handshake; too slow is a PeerTimeout that names it."""
+        try:
+            with trio.fail_after(self.config.handshake_timeout_seconds):
+                yield
+        except trio.TooSlowError as exc:
+            raise PeerTimeout(f"{what} took too long") from exc
+
+
+class _RpcAcceptor:
+    """Inbound RPC connections: TLS in this process, under identity certificates."""
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        accept: Callable[[PeerId, trio.abc.Stream], Awaitable[None]],
+    ) -> None:
+        self._plane = plane
+        self._accept = accept
+
+    def admit_untrusted(
+        self, peer: PeerId, request: OfferRequest, now: float
+    ) -> tuple[bytes, Credentials | None]:
+        """Return our identity certificate if the peer's is its own."""
+        check_identity_certificate_untrusted(request.certificate, peer, now)
+        ours = self._plane.identity()
+        return ours.der, ours
+
+    async def take(self, offer: Offer, sock: socket.socket) -> None:
+        """Authenticate, then hand the stream to the RPC service."""
+        if offer.ours is None:
+            raise LocalProtocolError("RPC offer without credentials")
+        context = make_context(offer.ours, offer.peer_certificate, server=True)
+        timeout = self._plane.config.handshake_timeout_seconds
+        with trio.move_on_after(timeout) as scope:
+            stream = await _secure(sock, context, offer.peer_certificate, server=True)
+        if scope.cancelled_caught:
+            raise PeerTimeout(f"TLS handshake of {offer.peer} took too long")
+        await self._accept(offer.peer, stream)
+
+
+async def _secure(
+    sock: socket.socket, context: ssl.SSLContext, peer_der: bytes, *, server: bool
+) -> trio.abc.Stream:
+    """Return an authenticated TLS stream; the trio twin of ``tls.handshake``."""
+    sock.setblocking(False)
+    raw = trio.SocketStream(trio.socket.from_stdlib_socket(sock))  # sets TCP_NODELAY
+    stream = trio.SSLStream(raw, context, server_side=server)
+    try:
+        await stream.do_handshake()
+        check_session(
+            stream.getpeercert(binary_form=True),
+            stream.selected_alpn_protocol(),
+            peer_der,
+        )
+        if server:
+            await stream.send_all(ACCEPTED)
+        elif await stream.receive_some(1) != ACCEPTED:
+            raise Unavailable("peer closed the connection during authentication")
+    except trio.BrokenResourceError as exc:
+        await trio.aclose_forcefully(raw)
+        raise _tls_error(exc) from exc
+    except BaseException:
+        await trio.aclose_forcefully(raw)
+        raise
+    return stream
+
+
+def _tls_error(error: trio.BrokenResourceError) -> FabricError:
+    match error.__cause__:
+        case ssl.SSLCertVerificationError() as cause:
+            return IntegrityError(
+                f"TLS peer did not show the offered certificate: {cause.verify_message}"
+            )
+        case ssl.SSLEOFError():
+            return Unavailable("peer closed the TLS connection")
+        case ssl.SSLError() as cause:
+            return RemoteProtocolError(f"TLS failed: {cause.reason}")
+        case cause:
+            return Unavailable(f"connection broke: {cause}")
+
+
+async def _connect_any(targets: list[tuple[str, int]]) -> trio.socket.SocketType:
+    """Return the first connection that any of ``targets`` accepts; all at once.
+
+    Raises:
+        NoRoute: none did; the reason lists each address and its error.
+    """
+    winner: list[trio.socket.SocketType] = []
+    failures: list[str] = []
+
+    async def attempt(ip: str, port: int, scope: trio.CancelScope) -> None:
+        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        try:
+            await sock.connect((ip, port))
+            if not winner:
+                winner.append(sock)
+                scope.cancel()
+        except OSError as exc:
+            failures.append(f"{format_address(ip, port)}: {exc.strerror or exc}")
+        finally:
+            if sock not in winner:
+                sock.close()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for ip, port in targets:
+                nursery.start_soon(attempt, ip, port, nursery.cancel_scope)
+    except BaseException:
+        for sock in winner:
+            sock.close()
+        raise
+    if not winner:
+        raise NoRoute("no data-plane address answers: " + "; ".join(failures))
+    return winner[0]
+
+
+async def _send_all(sock: trio.socket.SocketType, data: bytes) -> None:
+    try:
+        while data:
+            data = data[await sock.send(data) :]
+    except OSError as exc:
+        raise Unavailable(f"connection broke: {exc}") from exc
+
+
+async def _receive_frame_untrusted(stream: trio.abc.Stream, max_bytes: int) -> bytes:
+    """Return the one frame that the peer sends on this stream."""
+    reader = FrameReader(max_bytes=max_bytes)
+    while data := await stream.receive_some(max_bytes):
+        for frame in reader.feed(data):
+            return frame
+    raise Unavailable("control stream closed before its message")
