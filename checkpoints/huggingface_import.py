@@ -214,7 +214,7 @@ def _read_json_untrusted(path: Path) -> dict[str, Json]:
             raise ValueError(f"more than {MAX_JSON_BYTES} B")
         value = json.loads(text.decode())
         if not isinstance(value, dict):
-            raise ValueError("not an object")  # noqa: TRY004  (bytes, not a type of ours)
+            raise ValueError("not an object")  # noqa: TRY004  (bytes, not our type)
     except (ValueError, RecursionError) as exc:
         raise _bad(path, exc) from exc
     return value

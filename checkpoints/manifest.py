@@ -91,8 +91,8 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole checkpoint; every field is always written."""
 
-    format: Literal["fabric-checkpoint"] = FORMAT_NAME
-    version: Literal[1] = FORMAT_VERSION
+    format: Literal["fabric-checkpoint"]
+    version: Literal[1]
     step: Size
     tensors: dict[Name, TensorEntry]
     files: dict[FileName, FileEntry]
@@ -140,6 +140,8 @@ def check_json(value: Json, depth: int = 0) -> None:
 def _check_json_leaf(value: Json) -> None:
     if not (value is None or isinstance(value, bool | int | float | str)):
         raise ValueError(f"{type(value).__name__} is not a JSON type")
+    if isinstance(value, str):
+        value.encode()  # a lone surrogate has no UTF-8 form: UnicodeError, a ValueError
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"float {value} has no JSON form")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:

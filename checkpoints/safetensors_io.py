@@ -124,9 +124,11 @@ def parse_header_untrusted(text: bytes, data_bytes: int) -> Header:
     """
     try:
         raw = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")  # noqa: TRY004  (bytes, not our type)
         metadata = msgspec.convert(raw.pop(METADATA_KEY, {}), dict[str, str])
         tensors = msgspec.convert(raw, dict[str, HeaderEntry])
-    except (ValueError, AttributeError, RecursionError, msgspec.MsgspecError) as exc:
+    except (ValueError, RecursionError, msgspec.MsgspecError) as exc:
         raise _bad(f"header: {str(exc)[:200]}") from exc
     at = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].data_offsets):

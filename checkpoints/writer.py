@@ -29,6 +29,8 @@ from checkpoints.directories import (
     write_synced,
 )
 from checkpoints.manifest import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
     MANIFEST_NAME,
     FileEntry,
     Json,
@@ -147,6 +149,8 @@ class CheckpointWriter:
         """
         files, tensors = merge_parts(parts)
         manifest = Manifest(
+            format=FORMAT_NAME,
+            version=FORMAT_VERSION,
             step=self._step,
             tensors=tensors,
             files=files,
