@@ -19,6 +19,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
@@ -138,6 +139,10 @@ class Libp2pHost:
             Unavailable: not connected, or the connection broke.
             RemoteRefused: the peer does not serve ``protocol`` to us.
         """
+        return Libp2pStream(await self.open_raw(peer, protocol))
+
+    async def open_raw(self, peer: PeerId, protocol: str) -> INetStream:
+        """Do as :meth:`open_stream` does, for adapters of libp2p's own protocols."""
         stream = await self._raw_stream(peer)
         try:
             with trio.move_on_after(self._config.negotiate_seconds) as scope:
@@ -147,7 +152,7 @@ class Libp2pHost:
                     _NEVER_SECONDS,
                 )
                 stream.set_protocol(TProtocol(protocol))
-                return Libp2pStream(stream)
+                return stream
         except MultiselectClientError as exc:
             reset(stream)
             if stream.muxed_conn.is_closed:
@@ -225,6 +230,7 @@ class Libp2pHost:
                 handler = await self._negotiate(peer, stream)
             if handler is not None:
                 await handler(stream)
+                stream.muxed_stream.finish_now()
                 return
         except (
             BaseLibp2pError,
@@ -329,6 +335,16 @@ class _Notifee(INotifee):
         pass
 
 
+class _NoAutoConnector(AutoConnector):
+    """Dials nobody: whom to connect with is decided above the host."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        pass
+
+    async def maybe_connect(self) -> None:
+        pass
+
+
 def _is_live(connection: INetConn) -> bool:
     return not (connection.is_closed or connection.muxed_conn.is_closed)
 
@@ -362,6 +378,7 @@ async def open_host(
         retry_config=RetryConfig(max_retries=0),
         connection_config=_connection_config(config),
     )
+    swarm.auto_connector = _NoAutoConnector(swarm)
     basic = BasicHost(
         network=swarm,
         negotiate_timeout=config.negotiate_seconds,

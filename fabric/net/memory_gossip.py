@@ -15,17 +15,12 @@ import trio
 from fabric.core.ids import PeerId
 from fabric.core.telemetry import DROPPED, REFUSALS, Counters
 from fabric.net.ports import Gate
+from fabric.net.protocols import GOSSIP_PROTOCOL, KAD_PROTOCOL, MAX_GOSSIP_BYTES
 
 SUBSCRIBER_ROOM = 256
 """Messages a slow subscriber may lag behind, as in the libp2p adapter."""
 SEEN_ROOM = 4096
 """Message ids remembered against duplicates."""
-MAX_PAYLOAD_BYTES = 64 * 1024
-"""Largest gossip payload."""
-GOSSIP_PROTOCOL = "/fabric/gossip/1"
-"""What a forwarder of gossip must be admitted to."""
-KAD_PROTOCOL = "/fabric/kad/1.0.0"
-"""What a peer that stores or asks for a provider record must be admitted to."""
 REPLICAS = 20
 """Peers that store a provider record (Kademlia's k)."""
 
@@ -81,8 +76,8 @@ class MemoryBroadcast:
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """Send ``payload`` to the members of ``topic``, not to ourselves."""
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"payload of {len(payload)} B > {MAX_PAYLOAD_BYTES} B")
+        if len(payload) > MAX_GOSSIP_BYTES:
+            raise ValueError(f"payload of {len(payload)} B > {MAX_GOSSIP_BYTES} B")
         message = (next(self._numbers), topic, payload)
         self._remember(message[0])
         self._forward(message, self._node.peer_id)
@@ -151,7 +146,7 @@ class MemoryRouting:
     async def find_providers(self, key: bytes, limit: int) -> tuple[PeerId, ...]:
         """Return up to ``limit`` distinct peers said to hold ``key``."""
         await trio.sleep(2 * self._node.latency())
-        found: dict[PeerId, None] = {}
+        found = dict(self._records.get(key, {}))
         for other in self._reachable():
             found |= other.routing.lookup(self._node.peer_id, key)
         found.pop(self._node.peer_id, None)
