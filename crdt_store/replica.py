@@ -1,0 +1,442 @@
+"""One replica: slots, authority and fingerprints behind a single door, without I/O.
+
+Everything that enters is judged in one place (:meth:`Replica.ingest_untrusted`):
+
+    decode -> mesh -> already known? -> expired? -> authority -> signature -> due?
+
+A refusal leaves every view as it was and blacklists nothing: an entry refused today for
+lack of a grant is offered again by the next reconciliation.
+
+When authority shrinks (a revocation, an invite drawn by more than its uses) what is
+held is judged again and void entries leave; since that judgement depends on entries and
+records alone, replicas that hold the same records end with the same slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from crdt_store.authority import Authority
+from crdt_store.clock import MAX_FUTURE_SECONDS, HybridClock
+from crdt_store.entry import Entry, Slot, decode_entry_untrusted, sign_entry
+from crdt_store.grants import (
+    GRANT_PREFIX,
+    REDEMPTION_PREFIX,
+    REVOCATION_PREFIX,
+    Mesh,
+    is_authority_key,
+)
+from crdt_store.messages import ID_PREFIX_BYTES
+from crdt_store.ranges import RangeIndex, position
+from crdt_store.slots import Slots, Standing
+from fabric.core.errors import RemoteProtocolError
+from fabric.core.ids import public_key_of
+from fabric.core.signing import Signer
+
+_MAX_HELD = 1024
+"""Entries from the future kept until they are due; further ones are offered again."""
+MAX_REDEMPTION_AGE_SECONDS = 3600.0
+"""A redemption shown live may be this much older than our last reconciliation."""
+
+
+class Outcome(StrEnum):
+    """What became of an offered entry."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    OLD = "old"
+    HELD = "held"
+    """From the future: judged again when due."""
+    EQUIVOCATION = "equivocation"
+    """Its author signed two entries for one slot and clock; both kept as evidence."""
+    MALFORMED = "malformed"
+    WRONG_MESH = "wrong_mesh"
+    EXPIRED = "expired"
+    UNAUTHORISED = "unauthorised"
+    REVOKED = "revoked"
+    NO_INVITE = "no_invite"
+    INVITE_EXPIRED = "invite_expired"
+    STALE_REDEMPTION = "stale_redemption"
+    BAD_SIGNATURE = "bad_signature"
+    FULL = "full"
+
+    @property
+    def harmless(self) -> bool:
+        """Whether an honest peer offers such entries in the normal course."""
+        return self in _HARMLESS
+
+
+_HARMLESS = frozenset(
+    {Outcome.ACCEPTED, Outcome.DUPLICATE, Outcome.OLD, Outcome.HELD, Outcome.EXPIRED}
+)
+_RETRY = frozenset({Outcome.UNAUTHORISED, Outcome.NO_INVITE})
+"""May become valid by another entry of the same batch."""
+
+
+@dataclass(slots=True)
+class Changes:
+    """What the disk does not hold yet.
+
+    Attributes:
+        upserts: New winners by slot.
+        deletes: Slots now empty.
+        evidence: Conflicting pairs found.
+    """
+
+    upserts: dict[Slot, Entry] = field(default_factory=dict)
+    deletes: set[Slot] = field(default_factory=set)
+    evidence: list[tuple[Entry, Entry]] = field(default_factory=list)
+
+
+class Replica:
+    """The state of one peer in one mesh.
+
+    Args:
+        mesh: Name and root key.
+        own: Our 32-byte public key.
+        clock_mark: The clock's mark on disk.
+        max_entries: Slots held at most.
+        max_entries_per_author: Slots of one author held at most.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        own: bytes,
+        *,
+        clock_mark: int = 0,
+        max_entries: int = 200_000,
+        max_entries_per_author: int = 20_000,
+    ) -> None:
+        self.mesh = mesh
+        self.authority = Authority(mesh)
+        self.slots = Slots()
+        self.clock = HybridClock(clock_mark)
+        self._mesh_id = mesh.id
+        self._own = own
+        self._max_entries = max_entries
+        self._max_per_author = max_entries_per_author
+        self._indexes = {True: RangeIndex(), False: RangeIndex()}
+        self._positions: dict[Slot, int] = {}  # of offered slots
+        self._by_prefix: dict[bytes, Slot] = {}
+        self._future: dict[bytes, Entry] = {}
+        self._changes = Changes()
+        self._touched: set[str] = set()
+
+    # --- the door
+
+    def ingest_untrusted(
+        self, raw: bytes, now: float, *, fresh_after: float | None = None
+    ) -> Outcome:
+        """Judge and, if valid, take in an entry from anywhere.
+
+        Args:
+            raw: Bytes as received.
+            now: Wall seconds.
+            fresh_after: Refuse redemptions written before this time. Given for what a
+                peer shows live (admission, gossip): with a leaked, forgotten invite
+                nobody can back-date a redemption. None in a reconciliation with a
+                member: after a long partition the other side's redemptions are
+                legitimately old, and refusing them there would leave two halves with
+                different members for ever. A member that launders a back-dated
+                redemption is stopped by revoking the invite's key.
+        """
+        try:
+            entry = decode_entry_untrusted(raw)
+        except RemoteProtocolError:
+            return Outcome.MALFORMED
+        return self._offer(entry, now, fresh_after)
+
+    def ingest_batch_untrusted(
+        self, raws: Iterable[bytes], now: float, *, fresh_after: float | None = None
+    ) -> Counter[Outcome]:
+        """Take in entries in any order, authority first; count the outcomes."""
+        entries, malformed = decode_batch_untrusted(raws)
+        outcomes = self.offer_batch(entries, now, fresh_after=fresh_after)
+        if malformed:
+            outcomes[Outcome.MALFORMED] += malformed
+        return outcomes
+
+    def offer_batch(
+        self, entries: Sequence[Entry], now: float, *, fresh_after: float | None = None
+    ) -> Counter[Outcome]:
+        """Do the same with entries already decoded (not yet judged in any way)."""
+        return self._offer_all(entries, now, fresh_after)
+
+    def restore(self, raws: Iterable[bytes], now: float) -> None:
+        """Take in what our own disk holds, without checking signatures again.
+
+        Raises:
+            RemoteProtocolError: not an entry: the disk is damaged.
+        """
+        entries = [decode_entry_untrusted(raw) for raw in raws]
+        stored = {entry.slot for entry in entries}
+        self._offer_all(entries, now, None, signed=True)
+        self._changes = Changes()
+        self._changes.deletes = {s for s in stored if self.slots.get(s) is None}
+
+    def _offer_all(
+        self,
+        entries: Sequence[Entry],
+        now: float,
+        fresh_after: float | None,
+        *,
+        signed: bool = False,
+    ) -> Counter[Outcome]:
+        outcomes: Counter[Outcome] = Counter()
+        waiting = sorted(
+            (e for e in entries if is_authority_key(e.key)), key=lambda e: e.key
+        )
+        while waiting:
+            again: list[Entry] = []
+            for entry in waiting:
+                outcome = self._offer(entry, now, fresh_after, signed=signed)
+                if outcome in _RETRY:
+                    again.append(entry)
+                else:
+                    outcomes[outcome] += 1
+            if len(again) == len(waiting):
+                outcomes[Outcome.UNAUTHORISED] += len(again)
+                break
+            waiting = again
+        for entry in entries:
+            if not is_authority_key(entry.key):
+                outcomes[self._offer(entry, now, fresh_after, signed=signed)] += 1
+        return outcomes
+
+    def _offer(
+        self,
+        entry: Entry,
+        now: float,
+        fresh_after: float | None,
+        *,
+        signed: bool = False,
+    ) -> Outcome:
+        standing = self.slots.standing(entry)
+        refusal = self._cheap_refusal(entry, standing, now)
+        if refusal is not None:
+            return refusal
+        if reason := self.authority.refusal(entry):
+            return Outcome(reason)
+        is_redemption = entry.key.startswith(REDEMPTION_PREFIX)
+        if is_redemption and fresh_after is not None and entry.seconds < fresh_after:
+            return Outcome.STALE_REDEMPTION
+        if not signed and not entry.signature_matches():
+            return Outcome.BAD_SIGNATURE
+        if entry.seconds > now + MAX_FUTURE_SECONDS:
+            return self._hold(entry)
+        if standing is Standing.CONFLICT and not self._wins_conflict(entry):
+            return Outcome.EQUIVOCATION
+        self.apply(entry, now)
+        return Outcome.ACCEPTED
+
+    def _cheap_refusal(
+        self, entry: Entry, standing: Standing, now: float
+    ) -> Outcome | None:
+        if entry.mesh != self._mesh_id:
+            return Outcome.WRONG_MESH
+        if standing is Standing.SAME:
+            return Outcome.DUPLICATE
+        if standing is Standing.OLDER:
+            return Outcome.OLD
+        if entry.expires_at <= now:
+            return Outcome.EXPIRED
+        if standing is Standing.NEWER and self.slots.get(entry.slot) is None:
+            full = len(self.slots) >= self._max_entries
+            if full or self.slots.num_authored(entry.author) >= self._max_per_author:
+                return Outcome.FULL
+        return None
+
+    def _hold(self, entry: Entry) -> Outcome:
+        if len(self._future) < _MAX_HELD:
+            self._future[entry.id] = entry
+        return Outcome.HELD
+
+    def _wins_conflict(self, entry: Entry) -> bool:
+        held = self.slots.get(entry.slot)
+        assert held is not None
+        self.slots.keep_evidence(held, entry)
+        self._changes.evidence.append((held, entry))
+        return entry.id > held.id
+
+    # --- our own writes
+
+    def sign(
+        self, signer: Signer, key: str, value: bytes, ttl_seconds: int, now: float
+    ) -> Entry:
+        """Return our next entry for ``key``, not yet applied.
+
+        Its clock must be covered by a mark on disk before it leaves
+        (:meth:`HybridClock.mark_to_save`). The lifetime is stretched to outlast the
+        entry it replaces: otherwise a peer that missed the new one would bring the old
+        one back after the new one expired.
+        """
+        held = self.slots.get((key, signer.public_key))
+        hlc = self.clock.tick(now)
+        if held is not None and ttl_seconds:
+            left = held.expires_at - now
+            ttl_seconds = 0 if left == math.inf else max(ttl_seconds, math.ceil(left))
+        return sign_entry(signer, self._mesh_id, key, hlc, ttl_seconds, value)
+
+    def commit_own(self, entry: Entry, now: float) -> bool:
+        """Apply an entry of ours that is on disk; return whether it still is valid.
+
+        Meanwhile it may have lost its authority, or to a later one of its slot.
+        """
+        newer = self.slots.standing(entry) is Standing.NEWER
+        if not newer or self.authority.refusal(entry):
+            return False
+        self.apply(entry, now)
+        self._changes.upserts.pop(entry.slot)
+        return True
+
+    # --- state
+
+    def apply(self, entry: Entry, now: float) -> None:
+        """Make a valid ``entry`` the winner of its slot."""
+        before = self.slots.put(entry)
+        if before is not None:
+            self._unlist(before)
+        self._by_prefix[entry.id[:ID_PREFIX_BYTES]] = entry.slot
+        if entry.fades_at > now:
+            self._list(entry)
+        self._changes.upserts[entry.slot] = entry
+        self._changes.deletes.discard(entry.slot)
+        self._touched.add(entry.key.split("/", 1)[0])
+        self.clock.observe(entry.hlc, now, own=entry.author == self._own)
+        if is_authority_key(entry.key):
+            self.authority.add(entry)
+            self._follow(entry, replaced=before is not None)
+
+    def tick(self, now: float) -> None:
+        """Drop what expired, stop offering what fades, judge what is now due."""
+        dropped_authority = False
+        for entry, final in self.slots.due(now):
+            if final:
+                self._drop(entry.slot)
+                dropped_authority |= is_authority_key(entry.key)
+            else:
+                self._unoffer(entry)
+        if dropped_authority:
+            self._judge_all()
+        due = [
+            e for e in self._future.values() if e.seconds <= now + MAX_FUTURE_SECONDS
+        ]
+        for entry in due:
+            del self._future[entry.id]
+            self._offer(entry, now, None)
+
+    def take_changes(self) -> Changes:
+        """Return and forget what the disk does not hold yet."""
+        changes, self._changes = self._changes, Changes()
+        return changes
+
+    def take_touched(self) -> set[str]:
+        """Return and forget the tables (first key segments) changed since the last."""
+        touched, self._touched = self._touched, set()
+        return touched
+
+    def _list(self, entry: Entry) -> None:
+        at = position(entry.slot)
+        self._positions[entry.slot] = at
+        self._indexes[is_authority_key(entry.key)].add(at, entry.id)
+
+    def _unoffer(self, entry: Entry) -> None:
+        at = self._positions.pop(entry.slot, None)
+        if at is not None:
+            self._indexes[is_authority_key(entry.key)].remove(at, entry.id)
+
+    def _unlist(self, entry: Entry) -> None:
+        self._unoffer(entry)
+        self._by_prefix.pop(entry.id[:ID_PREFIX_BYTES], None)
+
+    def _drop(self, slot: Slot) -> None:
+        entry = self.slots.drop(slot)
+        self._unlist(entry)
+        self._changes.upserts.pop(slot, None)
+        self._changes.deletes.add(slot)
+        self._touched.add(entry.key.split("/", 1)[0])
+        if is_authority_key(entry.key):
+            self.authority.remove(slot)
+
+    # --- when authority changes
+
+    def _follow(self, entry: Entry, *, replaced: bool) -> None:
+        """Judge again what a new authority entry may have made void."""
+        if entry.key.startswith(REDEMPTION_PREFIX):
+            invite_key = entry.key.split("/")[1]
+            if self.authority.overdrawn(invite_key):
+                for joiner in self.authority.joiners(invite_key):
+                    self._judge(self.slots.authored(public_key_of(joiner)))
+        elif replaced or entry.key.startswith(REVOCATION_PREFIX):
+            self._judge_all()
+        elif entry.key.startswith(GRANT_PREFIX) and self._judge_records():
+            self._judge_all()  # a promoted peer is no longer revoked by an equal
+
+    def _judge(self, entries: Iterable[Entry]) -> bool:
+        void = [e.slot for e in entries if self.authority.refusal(e)]
+        for slot in void:
+            self._drop(slot)
+        return bool(void)
+
+    def _judge_records(self) -> bool:
+        """Drop void authority entries, from the top down; return whether any was."""
+        dropped = False
+        while self._judge([*self.slots.under("0/"), *self.slots.under("inv/")]):
+            dropped = True
+        return dropped
+
+    def _judge_all(self) -> None:
+        self._judge_records()
+        self._judge(list(self.slots))
+
+    # --- for reconciliation
+
+    def index(self, *, authority: bool) -> RangeIndex:
+        """Return the offered ids of the authority tree or of the rest."""
+        return self._indexes[authority]
+
+    def holds(self, prefix: bytes) -> bool:
+        """Return whether an entry with this id prefix is held, offered or not."""
+        return prefix in self._by_prefix
+
+    def raw(self, prefix: bytes) -> bytes | None:
+        """Return the offered entry with this id prefix."""
+        slot = self._by_prefix.get(prefix)
+        if slot is None or slot not in self._positions:
+            return None
+        entry = self.slots.get(slot)
+        return entry.raw if entry is not None else None
+
+    def authority_entries(self) -> list[bytes]:
+        """Return every authority entry, those others depend on first."""
+        entries = [*self.slots.under("0/"), *self.slots.under("inv/")]
+        return [entry.raw for entry in sorted(entries, key=lambda e: e.key)]
+
+    def check_integrity(self) -> None:
+        """Assert that indexes, positions and slots agree and all held is valid."""
+        for authority, index in self._indexes.items():
+            index.check_integrity()
+            listed = {s for s in self._positions if is_authority_key(s[0]) == authority}
+            assert len(index) == len(listed)
+        assert len(self._by_prefix) == len(self.slots)
+        for entry in self.slots:
+            assert self.authority.refusal(entry) == ""
+            assert self._by_prefix[entry.id[:ID_PREFIX_BYTES]] == entry.slot
+
+
+def decode_batch_untrusted(raws: Iterable[bytes]) -> tuple[list[Entry], int]:
+    """Return the entries, authority first, and how many did not decode."""
+    entries: list[Entry] = []
+    malformed = 0
+    for raw in raws:
+        try:
+            entries.append(decode_entry_untrusted(raw))
+        except RemoteProtocolError:
+            malformed += 1
+    entries.sort(key=lambda e: (not is_authority_key(e.key), e.key))
+    return entries, malformed

@@ -1,0 +1,505 @@
+"""The store as the rest of the project sees it: ``async with open_store(...)``.
+
+A thin shell: the replica decides, this file moves bytes between it and disk, gossip,
+RPC and watchers.
+
+    put -> sign -> mark on disk? -> commit -> apply -> push, wake watches
+    push, sync, admission -> the one door -> apply -> wake watches, disk soon
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from crdt_store.clock import MAX_FUTURE_SECONDS, RESERVE_SECONDS, wall_seconds
+from crdt_store.commit_service import Committer, Disk
+from crdt_store.config import StoreConfig
+from crdt_store.entry import Entry
+from crdt_store.gossip_service import Gossip, topic_of
+from crdt_store.grants import (
+    CODEC,
+    GRANT_PREFIX,
+    KEPT_ID_BYTES,
+    MAX_KEPT,
+    REDEMPTION_PREFIX,
+    REVOCATION_PREFIX,
+    Grant,
+    Mesh,
+    Revocation,
+)
+from crdt_store.invites import make_invite
+from crdt_store.job_views import Assignments, Jobs
+from crdt_store.membership import Membership
+from crdt_store.replica import (
+    MAX_REDEMPTION_AGE_SECONDS,
+    Outcome,
+    Replica,
+    decode_batch_untrusted,
+)
+from crdt_store.roles import Role
+from crdt_store.storage import Promise, SqliteStorage, Storage, lock_data_folder
+from crdt_store.sync_service import Reconciler, SyncReport
+from crdt_store.views import DAY_SECONDS, Heads, Members, Placements, Verdicts
+from crdt_store.watch_service import Watchers
+from fabric.core.digest import digest
+from fabric.core.errors import (
+    ConfigError,
+    FabricError,
+    IntegrityError,
+    RemoteProtocolError,
+    RemoteRefused,
+)
+from fabric.core.ids import PeerId, public_key_of, short
+from fabric.core.signing import Signer
+from fabric.core.telemetry import DROPPED, Counters
+from fabric.net.ports import Broadcast
+from fabric.net.rpc_api import Rpc
+from fabric.net.tasks import collapse_group
+
+_LOG = logging.getLogger(__name__)
+_CHUNK = 32
+"""Entries judged between two checkpoints: 4 ms of signatures."""
+_MAX_LATER = 256
+"""Writes nobody waits for (verdicts); beyond it they are dropped and counted."""
+
+REFUSED = "store_refused_total"
+"""Entries refused at the door, labelled by reason."""
+ACCEPTED = "store_accepted_total"
+"""Entries of others taken in."""
+
+
+class Store:
+    """The replicated state of one peer in one mesh; made by :func:`open_store`.
+
+    Attributes:
+        mesh: Name and root key.
+        authority: Roles and membership at the present moment.
+        members, jobs, assignments, heads, placements, verdicts: The typed tables.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        replica: Replica,
+        storage: Storage,
+        signer: Signer,
+        rpc: Rpc,
+        broadcast: Broadcast,
+        clock: Callable[[], float],
+        counters: Counters,
+        rng: random.Random,
+    ) -> None:
+        self.mesh = replica.mesh
+        self.authority = Membership(replica.authority, clock)
+        self._config = config
+        self._replica = replica
+        self._storage = storage
+        self._signer = signer
+        self._clock = clock
+        self._counters = counters
+        self._watchers = Watchers()
+        self._disk = Disk(storage)
+        self._committer = Committer(
+            replica,
+            storage,
+            self._disk,
+            batch_seconds=config.commit_batch_seconds,
+            on_committed=self._committed,
+        )
+        self._gossip = Gossip(
+            config, self.mesh.id, broadcast, self._ingest_live, counters
+        )
+        self._pushes = broadcast.subscribe(topic_of(self.mesh.id))
+        self._reconciler = Reconciler(
+            config,
+            replica,
+            rpc,
+            self._ingest_synced,
+            counters,
+            rng,
+            num_members=lambda: len(self.authority.members()),
+            on_synced=self._synced,
+        )
+        self._promises = storage.load_promises()
+        self._places = trio.CapacityLimiter(config.max_pending_puts)
+        self._later, self._to_put = trio.open_memory_channel[tuple[str, bytes, int]](
+            _MAX_LATER
+        )
+        mark = replica.clock.last
+        self._last_sync = wall_seconds(mark) - RESERVE_SECONDS if mark else None
+        self._make_views()
+
+    def _make_views(self) -> None:
+        slots, me = self._replica.slots, self._signer.peer_id
+        put, watch = self.put, self._watchers.watch
+        self.members = Members(slots, put, watch, me)
+        self.jobs = Jobs(slots, put, watch, me)
+        self.assignments = Assignments(slots, put, watch, me)
+        self.heads = Heads(slots, put, watch, me)
+        self.placements = Placements(slots, put, watch, me)
+        self.verdicts = Verdicts(
+            slots,
+            put,
+            watch,
+            me,
+            put_soon=self._put_soon,
+            revocation=self.authority.revocation,
+        )
+
+    # --- our own writes
+
+    async def put(self, key: str, value: bytes, ttl_seconds: int) -> Entry:
+        """Return our entry for ``key`` once it is on disk; it then spreads by itself.
+
+        After cancellation it may have been written.
+
+        Args:
+            key: Of a table this peer's role may write.
+            value: At most 4 KiB.
+            ttl_seconds: 0 = for ever; stretched to outlast the entry it replaces.
+
+        Raises:
+            ValueError: key, value or ttl out of bounds.
+            RemoteRefused: the mesh does not let this peer write there.
+            ConfigError: this machine's clock was set back by more than a minute.
+            ResourceExhausted: the disk is full; nothing was written.
+        """
+        async with self._places:
+            now = self._clock()
+            entry = self._replica.sign(self._signer, key, value, ttl_seconds, now)
+            self._check_own(entry, now)
+            mark = self._replica.clock.mark_to_save(now)
+            if mark is not None:
+                await self._disk.run(self._storage.save_high_water, mark)
+                self._replica.clock.saved(mark)
+            await self._committer.commit(entry)
+        return entry
+
+    def _check_own(self, entry: Entry, now: float) -> None:
+        if reason := self._replica.authority.refusal(entry):
+            decision = self.authority.membership(self._signer.peer_id)
+            raise RemoteRefused(
+                decision.reason or f"this peer may not write {entry.key!r} ({reason})",
+                code=decision.code or "E_NOT_AUTHORISED",
+                next_step=decision.next_step or "ask an owner for another role",
+            )
+        if entry.seconds > now + MAX_FUTURE_SECONDS:
+            raise ConfigError(
+                f"this clock is {entry.seconds - now:.0f} s behind what this peer "
+                "already wrote; others would not take its entries",
+                code="E_CLOCK",
+                next_step="set the clock (NTP), or wait",
+            )
+
+    def _committed(self, entry: Entry) -> None:
+        if self._replica.commit_own(entry, self._clock()):
+            self._gossip.push(entry)
+            self._after_change()
+
+    def _put_soon(self, key: str, value: bytes, ttl_seconds: int) -> None:
+        try:
+            self._later.send_nowait((key, value, ttl_seconds))
+        except trio.WouldBlock:
+            self._counters.add(DROPPED, label="store_put_soon")
+
+    async def _run_later(self) -> None:
+        async for key, value, ttl_seconds in self._to_put:
+            try:
+                await self.put(key, value, ttl_seconds)
+            except FabricError as exc:
+                self._counters.add(DROPPED, label="store_put_soon")
+                _LOG.warning("store.put_failed code=%s reason=%s", exc.code, exc.reason)
+
+    # --- the doors
+
+    def ingest_untrusted(self, raw: bytes, source: PeerId) -> bool:
+        """Take in one entry that ``source`` shows now; return whether it is new.
+
+        Redemptions must be fresh (:meth:`Replica.ingest_untrusted`).
+        """
+        return self._ingest([raw], source, self._fresh_after()) == 1
+
+    def ingest_shown_untrusted(self, raws: Sequence[bytes]) -> None:
+        """Take in what a peer shows at admission; redemptions must be fresh."""
+        self._ingest(raws, None, self._fresh_after())
+
+    def ingest_authority_untrusted(self, raws: Sequence[bytes]) -> int:
+        """Take in the authority entries of an admission reply; return how many are new.
+
+        For the joiner: old redemptions are part of the mesh's state.
+        """
+        return self._ingest(raws, None, None)
+
+    def _fresh_after(self) -> float | None:
+        if self._last_sync is None:
+            return None
+        return self._last_sync - MAX_REDEMPTION_AGE_SECONDS
+
+    def _ingest(
+        self, raws: Sequence[bytes], source: PeerId | None, fresh_after: float | None
+    ) -> int:
+        entries, malformed = decode_batch_untrusted(raws)
+        return self._offer(entries, malformed, source, fresh_after)
+
+    def _offer(
+        self,
+        entries: Sequence[Entry],
+        malformed: int,
+        source: PeerId | None,
+        fresh_after: float | None,
+    ) -> int:
+        outcomes = self._replica.offer_batch(
+            entries, self._clock(), fresh_after=fresh_after
+        )
+        outcomes[Outcome.MALFORMED] += malformed
+        self._count(outcomes, source)
+        self._after_change()
+        return outcomes[Outcome.ACCEPTED]
+
+    def _count(self, outcomes: Counter[Outcome], source: PeerId | None) -> None:
+        for outcome, number in outcomes.items():
+            if outcome is Outcome.ACCEPTED:
+                self._counters.add(ACCEPTED, number)
+            elif number and not outcome.harmless:
+                self._counters.add(REFUSED, number, label=outcome.value)
+                who = short(source) if source else "-"
+                _LOG.debug("store.refused peer=%s %s=%d", who, outcome.value, number)
+
+    async def _ingest_live(self, raws: Sequence[bytes], source: PeerId) -> None:
+        await self._ingest_chunks(raws, source, self._fresh_after())
+
+    async def _ingest_synced(self, raws: Sequence[bytes], source: PeerId) -> None:
+        member = self.authority.membership(source).allowed
+        # the first reconciliation of a newcomer, who knows no member yet, is bulk too
+        fresh = None if member else self._fresh_after()
+        await self._ingest_chunks(raws, source, fresh)
+
+    async def _ingest_chunks(
+        self, raws: Sequence[bytes], source: PeerId, fresh_after: float | None
+    ) -> None:
+        entries, malformed = decode_batch_untrusted(raws)
+        for at in range(0, len(entries), _CHUNK):
+            self._offer(entries[at : at + _CHUNK], 0, source, fresh_after)
+            await trio.lowlevel.checkpoint()
+        self._count(Counter({Outcome.MALFORMED: malformed}), source)
+
+    def _after_change(self) -> None:
+        touched = self._replica.take_touched()
+        if touched:
+            self._watchers.touched(touched)
+            self._committer.wake()
+
+    # --- reconciliation
+
+    async def sync_with(self, peer: PeerId) -> SyncReport:
+        """Reconcile with ``peer`` now (see :meth:`Reconciler.sync_with`)."""
+        return await self._reconciler.sync_with(peer)
+
+    def _synced(self) -> None:
+        self._last_sync = self._clock()
+
+    def state_hash(self) -> str:
+        """Return a hash that is equal on replicas that offer the same entries."""
+        trees = (self._replica.index(authority=a).fingerprint() for a in (True, False))
+        return b"".join(trees).hex()
+
+    # --- authority
+
+    def authority_entries(self) -> list[bytes]:
+        """Return all authority entries, for the admission reply."""
+        return self._replica.authority_entries()
+
+    def credential(self) -> list[bytes]:
+        """Return the entries that make us a member, to show at admission."""
+        me = self._signer.peer_id
+        slots = self._replica.slots
+        redeemed = [
+            entry
+            for entry in slots.under(REDEMPTION_PREFIX)
+            if entry.key.endswith(f"/{me}")
+        ]
+        return [entry.raw for entry in [*slots.at(GRANT_PREFIX + me), *redeemed]]
+
+    async def invite(
+        self,
+        bootstrap: Sequence[str],
+        *,
+        role: Role = Role.WORKER,
+        uses: int = 1,
+        ttl_seconds: int = DAY_SECONDS,
+    ) -> str:
+        """Return a new token (see :func:`make_invite`), valid once it spread.
+
+        Raises:
+            RemoteRefused: this peer is neither owner nor admin.
+            ConfigError: terms out of range.
+        """
+        token, entry = make_invite(
+            self._signer,
+            self.mesh,
+            bootstrap,
+            role=role,
+            uses=uses,
+            ttl_seconds=ttl_seconds,
+            now=self._clock(),
+        )
+        await self.put(entry.key, entry.value, 0)
+        return token
+
+    async def grant(self, subject: PeerId, grant: Grant) -> None:
+        """Give ``subject`` a role below ours.
+
+        Raises:
+            RemoteRefused: this peer may not.
+        """
+        public_key_of(subject)
+        await self.put(GRANT_PREFIX + subject, CODEC.encode(grant), 0)
+
+    async def revoke(self, peer: PeerId, reason: str) -> None:
+        """Void the membership of ``peer`` (or the invite key) and its later entries.
+
+        What we hold of it stays valid; anything else it wrote or will write is void,
+        whatever clock it bears.
+
+        Raises:
+            RemoteRefused: this peer may not.
+        """
+        held = self._replica.slots.authored(public_key_of(peer))
+        ids = tuple(sorted(entry.id[:KEPT_ID_BYTES] for entry in held))
+        cut = max((entry.hlc for entry in held), default=0)
+        kept = ids if len(ids) <= MAX_KEPT else None
+        record = Revocation(cut, reason[:200], kept)
+        await self.put(REVOCATION_PREFIX + peer, CODEC.encode(record), 0)
+
+    async def lift_revocation(self, peer: PeerId) -> None:
+        """Take back our revocation of ``peer``."""
+        record = Revocation(0, lifted=True)
+        await self.put(REVOCATION_PREFIX + peer, CODEC.encode(record), 0)
+
+    # --- promises of the job protocol
+
+    async def save_promise(self, job: str, counter: int, blob: bytes) -> None:
+        """Return when the promise is on disk with a full sync.
+
+        Raises:
+            LocalProtocolError: a higher counter is promised for ``job``.
+            ResourceExhausted: the disk is full; nothing was promised.
+        """
+        await self._disk.run(self._storage.save_promise, job, counter, blob)
+        self._promises[job] = Promise(counter, digest(blob), blob)
+
+    def load_promises(self) -> dict[str, Promise]:
+        """Return the promises on disk, by job."""
+        return dict(self._promises)
+
+    # --- tasks
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Commit, push, receive, reconcile and expire until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._committer.run)
+            nursery.start_soon(self._gossip.run_push)
+            nursery.start_soon(self._gossip.run_receive, self._pushes)
+            nursery.start_soon(self._reconciler.run)
+            nursery.start_soon(self._run_later)
+            nursery.start_soon(self._run_expiry)
+            task_status.started()
+
+    async def _run_expiry(self) -> None:
+        while True:
+            self._replica.tick(self._clock())
+            self._after_change()
+            await trio.sleep(self._config.connect_poll_seconds)
+
+
+@asynccontextmanager
+async def open_store(
+    config: StoreConfig,
+    directory: Path,
+    signer: Signer,
+    mesh: Mesh,
+    rpc: Rpc,
+    broadcast: Broadcast,
+    clock: Callable[[], float],
+    counters: Counters,
+    *,
+    storage: Storage | None = None,
+    rng: random.Random | None = None,
+) -> AsyncIterator[Store]:
+    """Open the store in ``directory`` and run it until the block is left.
+
+    Leaving commits what is in memory.
+
+    Args:
+        config: Periods and bounds.
+        directory: Made if missing; locked against a second process ("store.lock").
+        signer: This peer.
+        mesh: What mesh it is a member of, or wants to join.
+        rpc: Reconciliation; ``store.sync`` is registered on it.
+        broadcast: Gossip.
+        clock: Wall seconds.
+        counters: Of the process.
+        storage: Instead of SQLite in ``directory`` (then unused).
+        rng: Chooses reconciliation partners.
+
+    Raises:
+        ConfigError: the directory is in use or not writable.
+        IntegrityError: the database is damaged.
+    """
+    with ExitStack() as stack:
+        if storage is None:
+            stack.enter_context(lock_data_folder(directory, "store.lock"))
+            storage = await trio.to_thread.run_sync(
+                SqliteStorage, directory / "store.sqlite3"
+            )
+            stack.callback(storage.close)
+        replica = await _restore(config, storage, signer, mesh, clock())
+        store = Store(
+            config,
+            replica,
+            storage,
+            signer,
+            rpc,
+            broadcast,
+            clock,
+            counters,
+            rng or random.Random(signer.public_key),
+        )
+        with collapse_group():
+            async with trio.open_nursery() as nursery:
+                await nursery.start(store.run)
+                yield store
+                nursery.cancel_scope.cancel()
+
+
+async def _restore(
+    config: StoreConfig, storage: Storage, signer: Signer, mesh: Mesh, now: float
+) -> Replica:
+    disk = Disk(storage)
+    mark = await disk.run(storage.high_water)
+    raws = await disk.run(storage.load)
+    replica = Replica(
+        mesh,
+        signer.public_key,
+        clock_mark=mark,
+        max_entries=config.max_entries,
+        max_entries_per_author=config.max_entries_per_author,
+    )
+    try:
+        replica.restore(raws, now)
+    except RemoteProtocolError as exc:
+        raise IntegrityError(
+            f"the store holds an entry that does not decode: {exc.reason}",
+            code="E_STORE_CORRUPT",
+            next_step="move the store away and start again: it comes back from peers",
+        ) from exc
+    return replica
