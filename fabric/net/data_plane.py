@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,13 +22,12 @@ from fabric.bulk.certificates import (
     check_identity_certificate_untrusted,
     issue_identity_certificate,
 )
-from fabric.bulk.tls import ACCEPTED, check_session, make_context
+from fabric.bulk.tls import make_context
 from fabric.core.errors import (
     ConfigError,
     FabricError,
     IntegrityError,
     LocalProtocolError,
-    NoRoute,
     PeerTimeout,
     RemoteProtocolError,
     RemoteRefused,
@@ -60,6 +58,8 @@ from fabric.net.offers import (
 )
 from fabric.net.ports import PROTOCOL_OFFER, PROTOCOL_RPC, Gate
 from fabric.net.tasks import collapse_group
+from fabric.net.tcp_dial import connect_any, send_all
+from fabric.net.tls_stream import secure
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class DataPlane:
             sock.close()
             raise
         with self._deadline(f"TLS handshake with {peer}"):
-            return await _secure(sock, context, granted.certificate, server=False)
+            return await secure(sock, context, granted.certificate, server=False)
 
     async def dial(
         self, peer: PeerId, purpose: OfferPurpose, certificate: bytes
@@ -229,9 +229,9 @@ class DataPlane:
             raise reply.as_error()
         targets = [parse_address_untrusted(a) for a in reply.addresses]
         with self._deadline(f"connection to {peer}"):
-            sock = await _connect_any(targets)
+            sock = await connect_any(targets)
             try:
-                await _send_all(sock, reply.label)
+                await send_all(sock, reply.label)
             except BaseException:
                 sock.close()
                 raise
@@ -363,95 +363,10 @@ class _RpcAcceptor:
         context = make_context(offer.ours, offer.peer_certificate, server=True)
         timeout = self._plane.config.handshake_timeout_seconds
         with trio.move_on_after(timeout) as scope:
-            stream = await _secure(sock, context, offer.peer_certificate, server=True)
+            stream = await secure(sock, context, offer.peer_certificate, server=True)
         if scope.cancelled_caught:
             raise PeerTimeout(f"TLS handshake of {offer.peer} took too long")
         await self._accept(offer.peer, stream)
-
-
-async def _secure(
-    sock: socket.socket, context: ssl.SSLContext, peer_der: bytes, *, server: bool
-) -> trio.abc.Stream:
-    """Return an authenticated TLS stream; the trio twin of ``tls.handshake``."""
-    sock.setblocking(False)
-    raw = trio.SocketStream(trio.socket.from_stdlib_socket(sock))  # sets TCP_NODELAY
-    stream = trio.SSLStream(raw, context, server_side=server)
-    try:
-        await stream.do_handshake()
-        check_session(
-            stream.getpeercert(binary_form=True),
-            stream.selected_alpn_protocol(),
-            peer_der,
-        )
-        if server:
-            await stream.send_all(ACCEPTED)
-        elif await stream.receive_some(1) != ACCEPTED:
-            raise Unavailable("peer closed the connection during authentication")
-    except trio.BrokenResourceError as exc:
-        await trio.aclose_forcefully(raw)
-        raise _tls_error(exc) from exc
-    except BaseException:
-        await trio.aclose_forcefully(raw)
-        raise
-    return stream
-
-
-def _tls_error(error: trio.BrokenResourceError) -> FabricError:
-    match error.__cause__:
-        case ssl.SSLCertVerificationError() as cause:
-            return IntegrityError(
-                f"TLS peer did not show the offered certificate: {cause.verify_message}"
-            )
-        case ssl.SSLEOFError():
-            return Unavailable("peer closed the TLS connection")
-        case ssl.SSLError() as cause:
-            return RemoteProtocolError(f"TLS failed: {cause.reason}")
-        case cause:
-            return Unavailable(f"connection broke: {cause}")
-
-
-async def _connect_any(targets: list[tuple[str, int]]) -> trio.socket.SocketType:
-    """Return the first connection that any of ``targets`` accepts; all at once.
-
-    Raises:
-        NoRoute: none did; the reason lists each address and its error.
-    """
-    winner: list[trio.socket.SocketType] = []
-    failures: list[str] = []
-
-    async def attempt(ip: str, port: int, scope: trio.CancelScope) -> None:
-        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
-        try:
-            await sock.connect((ip, port))
-            if not winner:
-                winner.append(sock)
-                scope.cancel()
-        except OSError as exc:
-            failures.append(f"{format_address(ip, port)}: {exc.strerror or exc}")
-        finally:
-            if sock not in winner:
-                sock.close()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            for ip, port in targets:
-                nursery.start_soon(attempt, ip, port, nursery.cancel_scope)
-    except BaseException:
-        for sock in winner:
-            sock.close()
-        raise
-    if not winner:
-        raise NoRoute("no data-plane address answers: " + "; ".join(failures))
-    return winner[0]
-
-
-async def _send_all(sock: trio.socket.SocketType, data: bytes) -> None:
-    try:
-        while data:
-            data = data[await sock.send(data) :]
-    except OSError as exc:
-        raise Unavailable(f"connection broke: {exc}") from exc
 
 
 async def _receive_frame_untrusted(stream: trio.abc.Stream, max_bytes: int) -> bytes:
