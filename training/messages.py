@@ -180,10 +180,15 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The worker cannot go on and exits."""
+    """The worker cannot go on and exits.
+
+    Attributes:
+        may_restart: Whether the same job could work in a new process.
+    """
 
     code: Annotated[str, msgspec.Meta(max_length=64)]
     reason: Reason
+    may_restart: bool
 
 
 Event = (
@@ -205,10 +210,25 @@ EVENT: Codec[Event] = Codec(Event, max_bytes=1 << 20)
 
 
 class Contribution(msgspec.Struct, frozen=True, tag="contribution"):
-    """A whole pseudo-gradient; the sender is its author. Payload: its encoding."""
+    """A whole pseudo-gradient; the sender is its author. Payload: its encoding.
 
+    Attributes:
+        counter: Epoch the author is in.
+        round: Round it belongs to.
+        tokens: Tokens the author trained on.
+    """
+
+    counter: Count
     round: Count
     tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+
+
+class ContributionStands(msgspec.Struct, frozen=True, tag="contribution_stands"):
+    """What the sender sent in an earlier epoch counts in this one too. No payload."""
+
+    counter: Count
+    round: Count
+    name: Hex
 
 
 class StateListRequest(msgspec.Struct, frozen=True, tag="state_list_request"):
@@ -238,7 +258,12 @@ class StateBlock(msgspec.Struct, frozen=True, tag="state_block"):
 
 
 ExchangeMeta = (
-    Contribution | StateListRequest | StateList | StateBlockRequest | StateBlock
+    Contribution
+    | ContributionStands
+    | StateListRequest
+    | StateList
+    | StateBlockRequest
+    | StateBlock
 )
 EXCHANGE: Codec[ExchangeMeta] = Codec(ExchangeMeta, max_bytes=4096)
 

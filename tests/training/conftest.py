@@ -1,18 +1,22 @@
 """Real worker processes, with the test as their daemon and coordinator."""
 
+import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from fabric.bulk.certificates import JobStatement, issue_job_certificate
+from fabric.core.errors import Unavailable
 from fabric.core.signing import Ed25519Signer
 from fabric.jobs.messages import Generation, RoundDecision, RoundReport, StateHeld
 from fabric.jobs.spec import FaultSpec, JobSpec, ModelSpec, OuterSpec, TrainSpec
@@ -36,7 +40,8 @@ from training.messages import (
 JOB = "ab" * 32
 
 
-def tiny_spec(**outer) -> JobSpec:
+def tiny_spec(*, wide=False, **outer) -> JobSpec:
+    """A model of one state block, or, when ``wide``, of about ten."""
     outer = {
         "inner_steps": 2,
         "rounds": 3,
@@ -45,8 +50,8 @@ def tiny_spec(**outer) -> JobSpec:
     } | outer
     return JobSpec(
         model=ModelSpec(
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=256 if wide else 32,
+            intermediate_size=1024 if wide else 64,
             num_layers=1,
             num_heads=2,
             num_kv_heads=1,
@@ -120,7 +125,7 @@ class Cluster:
         while True:
             try:
                 event = EVENT.decode_untrusted(await worker.link.receive())
-            except Exception as exc:
+            except Unavailable as exc:
                 worker.alive = False
                 worker.events.append(exc)
                 self._tick()
@@ -183,7 +188,7 @@ class Cluster:
         """Commit a generation of ``workers`` and connect pairs that lack a socket."""
         known = set(self.generation.participants) if self.generation else set()
         base = self.generation or Generation(JOB, 0, workers[0].peer, (), 0, "", (), "")
-        self.generation = replace_struct(
+        self.generation = msgspec.structs.replace(
             base,
             counter=base.counter + 1,
             participants=tuple(sorted(w.peer for w in workers)),
@@ -203,6 +208,12 @@ class Cluster:
         await self.give(a, b, left, outgoing=True, tls=tls)
         await self.give(b, a, right, outgoing=False, tls=tls)
 
+    async def connect_through(self, a: Worker, b: Worker, relay: "Relay") -> None:
+        """Connect ``a`` to ``b`` without TLS through ``relay``."""
+        relay.start()
+        await self.give(a, b, relay.entry, outgoing=True, tls=False)
+        await self.give(b, a, relay.exit, outgoing=False, tls=False)
+
     async def give(self, a, b, sock, *, outgoing, tls=True):
         certificate = b.certificate if tls else b""
         command = Connect(b.peer, outgoing, certificate, a.certificate, "local")
@@ -214,10 +225,33 @@ class Cluster:
             await self.tell(worker, Stop())
 
 
-def replace_struct(value, **changes):
-    import msgspec
+class Relay(threading.Thread):
+    """Forwards a one-way byte stream; does something when ``at`` bytes have passed."""
 
-    return msgspec.structs.replace(value, **changes)
+    def __init__(self, at, act, *, flip=False):
+        super().__init__(daemon=True)
+        self.entry, self._source = socket.socketpair()
+        self._sink, self.exit = socket.socketpair()
+        self._at, self._act, self._flip = at, act, flip
+        self.acted = threading.Event()
+
+    def run(self):
+        passed = 0
+        with self._source, self._sink, contextlib.suppress(OSError):
+            while data := bytearray(self._source.recv(1 << 16)):
+                if passed <= self._at < passed + len(data):
+                    if self._flip:
+                        data[self._at - passed] ^= 0xFF
+                    else:
+                        data = data[: self._at - passed]
+                    self._sink.sendall(data)
+                    self._act()
+                    self.acted.set()
+                    if not self._flip:
+                        return
+                else:
+                    self._sink.sendall(data)
+                passed += len(data)
 
 
 @pytest.fixture
@@ -239,3 +273,8 @@ def kill():
 @pytest.fixture
 def spec():
     return tiny_spec
+
+
+@pytest.fixture
+def relay():
+    return Relay

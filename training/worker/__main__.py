@@ -22,7 +22,7 @@ from training.messages import (
 )
 
 if TYPE_CHECKING:
-    from training.worker.participant import Inbox
+    from training.worker.inbox import Inbox
 
 
 def main() -> int:
@@ -33,7 +33,8 @@ def main() -> int:
     try:
         _serve(started, key_pem)
     except FabricError as exc:
-        _tell(started.port, Failed(exc.code, exc.reason[:500]))
+        may_restart = isinstance(exc, Unavailable)
+        _tell(started.port, Failed(exc.code, exc.reason[:500], may_restart))
         return exc.exit_code
     return 0
 
@@ -47,7 +48,8 @@ def _serve(started: StartedWorker, key_pem: bytes) -> None:
 
     import torch
 
-    from training.worker.participant import INBOX_ITEMS, Inbox, Participant
+    from training.worker.inbox import INBOX_ITEMS, Inbox
+    from training.worker.participant import Participant
 
     torch.set_num_threads(started.limits.threads)
     torch.use_deterministic_algorithms(True)
@@ -61,7 +63,7 @@ def _serve(started: StartedWorker, key_pem: bytes) -> None:
 
 def _listen(port: WorkerPort, inbox: Inbox) -> None:
     """Put each command into the inbox until the daemon is gone."""
-    from training.worker.participant import Commanded, DaemonGone
+    from training.worker.inbox import Commanded, DaemonGone
 
     while True:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import select
 import socket
 import threading
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from training.messages import EXCHANGE, FRAME_KIND, Connect, ExchangeMeta
 
 QUEUE_FRAMES = 16
 """Frames per sender: two contributions, and the blocks a newcomer has asked for."""
+IDLE_CHECK_SECONDS = 0.5
+"""How soon a sender with nothing to send notices that its peer is gone."""
 NO_BYTES = LinkBytes(0, 0)
 
 
@@ -76,7 +79,6 @@ class _Connection:
     def __init__(self, connect: Connect, sock: socket.socket) -> None:
         self.peer = PeerId(connect.peer)
         self.outgoing = connect.outgoing
-        self.link = (self.peer, connect.path)
         self.queue: queue.Queue[tuple[bytes, Buffer] | None] = queue.Queue(QUEUE_FRAMES)
         self.open = False
         self.ended = False
@@ -106,6 +108,16 @@ class _Connection:
                     self._line.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(queue.Full):  # then a send is under way, and fails
             self.queue.put_nowait(None)
+
+    def check_idle(self) -> None:
+        """Notice that the peer hung up on a connection on which it never sends.
+
+        Raises:
+            Unavailable: there is something to read: the end of the stream.
+        """
+        readable, _, _ = select.select([self._line], [], [], 0)
+        if readable:
+            raise Unavailable("peer closed the connection")
 
     def closed(self) -> None:
         """Keep the last count and give the descriptor back."""
@@ -142,7 +154,8 @@ class Exchange:
         self._stall_seconds = stall_seconds
         self._live: dict[tuple[PeerId, bool], _Connection] = {}
         self._all: list[_Connection] = []
-        self._moved: dict[tuple[PeerId, str], LinkBytes] = {}
+        self._moved: dict[PeerId, LinkBytes] = {}
+        self._paths: dict[PeerId, str] = {}
 
     def add(
         self, connect: Connect, sock: socket.socket, credentials: Credentials | None
@@ -160,6 +173,7 @@ class Exchange:
             self._live[key].hang_up()
         self._live[key] = connection
         self._all.append(connection)
+        self._paths[connection.peer] = connect.path
         threading.Thread(
             target=self._serve,
             args=(connection, connect, sock, credentials),
@@ -170,7 +184,7 @@ class Exchange:
     def send(self, peer: PeerId, meta: ExchangeMeta, payload: Buffer = b"") -> bool:
         """Queue a frame for ``peer``; return False when there is no way to it."""
         connection = self._live.get((peer, True))
-        if connection is None:
+        if connection is None or not connection.open:
             return False
         try:
             connection.queue.put_nowait((EXCHANGE.encode(meta), payload))
@@ -183,6 +197,10 @@ class Exchange:
         """Return whether an authenticated connection stands in that direction."""
         connection = self._live.get((peer, outgoing))
         return connection is not None and connection.open
+
+    def both_ways(self, peer: PeerId) -> bool:
+        """Return whether we can ask ``peer`` and hear its answer."""
+        return self.has(peer, outgoing=True) and self.has(peer, outgoing=False)
 
     def opened(self, event: Opened) -> None:
         """Note that the main thread has seen ``event``."""
@@ -208,25 +226,28 @@ class Exchange:
             if connection := self._live.get((peer, outgoing)):
                 connection.hang_up()
 
-    def link_bytes(self) -> dict[tuple[PeerId, str], LinkBytes]:
-        """Return the bytes moved so far by peer and path kind."""
+    def link_bytes(self) -> dict[PeerId, LinkBytes]:
+        """Return the bytes moved so far, by peer, on all its connections."""
         for connection in [c for c in self._all if c.ended]:
             self._all.remove(connection)
-            self._moved[connection.link] = self._sum(self._moved, connection)
+            self._add(self._moved, connection)
         moved = dict(self._moved)
         for connection in self._all:
-            moved[connection.link] = self._sum(moved, connection)
+            self._add(moved, connection)
         return moved
+
+    def path(self, peer: PeerId) -> str:
+        """Return the path kind of the newest connection with ``peer``."""
+        return self._paths[peer]
 
     def close(self) -> None:
         """Hang up on everyone."""
         for connection in self._live.values():
             connection.hang_up()
 
-    def _sum(
-        self, moved: dict[tuple[PeerId, str], LinkBytes], connection: _Connection
-    ) -> LinkBytes:
-        return moved.get(connection.link, NO_BYTES) + connection.link_bytes()
+    def _add(self, moved: dict[PeerId, LinkBytes], connection: _Connection) -> None:
+        before = moved.get(connection.peer, NO_BYTES)
+        moved[connection.peer] = before + connection.link_bytes()
 
     def _serve(
         self,
@@ -272,9 +293,15 @@ class Exchange:
     def _send_all(self, connection: _Connection, sock: socket.socket) -> None:
         counted = connection.counted(sock)
         sender = BulkSender(counted, stall_seconds=self._stall_seconds)
-        while (item := connection.queue.get()) is not None:
-            meta, payload = item
-            sender.send(FRAME_KIND, meta, payload)
+        while True:
+            try:
+                item = connection.queue.get(timeout=IDLE_CHECK_SECONDS)
+            except queue.Empty:
+                connection.check_idle()
+                continue
+            if item is None:
+                return
+            sender.send(FRAME_KIND, *item)
 
     def _receive_all(self, connection: _Connection, sock: socket.socket) -> None:
         # Silence is normal between rounds: no deadline; keep-alive finds dead hosts.

@@ -10,14 +10,15 @@ import queue
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from fabric.bulk.certificates import Credentials, job_credentials
-from fabric.core.digest import BLOCK_BYTES
+from fabric.core.digest import BLOCK_BYTES, hex_digest
 from fabric.core.errors import FabricError, IntegrityError, Unavailable
 from fabric.core.ids import PeerId
-from fabric.jobs.messages import RoundReport, StateHeld
+from fabric.jobs.messages import Generation, RoundReport, StateHeld
 from training.messages import (
     ApplyGeneration,
     Broken,
@@ -27,9 +28,10 @@ from training.messages import (
     Configure,
     Connect,
     Contribution,
+    ContributionStands,
     Decide,
     Event,
-    Failed,
+    ExchangeMeta,
     Finished,
     Held,
     LinkMoved,
@@ -46,34 +48,14 @@ from training.messages import (
     max_exchange_payload,
 )
 from training.worker.exchange import Exchange, Lost, Opened, Received
-from training.worker.fetch import StateFetch
-from training.worker.rounds import Piece, Rounds, StepReady
+from training.worker.inbox import Commanded, DaemonGone, Inbox, InboxItem
+from training.worker.rounds import Piece, Rounds
 from training.worker.save import save_checkpoint
+from training.worker.states import StateExchange
 from training.worker.trainer import Trainer
 
-INBOX_ITEMS = 64
-"""At most this many received payloads wait for the main thread."""
 LINK_REPORT_SECONDS = 1.0
 """Period of byte counts to the daemon."""
-MAX_PENDING_REQUESTS = 64
-"""State requests of one peer kept until there is a way to answer."""
-
-
-@dataclass(frozen=True)
-class Commanded:
-    """A command from the daemon, with its descriptors."""
-
-    command: Command
-    fds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DaemonGone:
-    """The link ended: nobody is left to work for."""
-
-
-InboxItem = Commanded | DaemonGone | Opened | Received | Lost
-Inbox = queue.Queue[InboxItem]
 
 
 class Participant:
@@ -101,7 +83,9 @@ class Participant:
         self._credentials: dict[bytes, Credentials] = {}
         self._patience = configure.spec.fault.patience_seconds
         self._trainer = Trainer(configure.spec, configure.peer)
-        self._rounds = Rounds(configure.job, self._me)
+        self._rounds = Rounds(
+            configure.job, self._me, configure.spec.train.outer.rounds
+        )
         num_blocks = -(-self._trainer.state_bytes // BLOCK_BYTES)
         self._exchange = Exchange(
             inbox,
@@ -110,8 +94,13 @@ class Participant:
             ),
             stall_seconds=max(self._patience, 1.0),
         )
-        self._fetch: StateFetch | None = None
-        self._pending: dict[PeerId, list[StateListRequest | StateBlockRequest]] = {}
+        self._states = StateExchange(
+            self._me,
+            self._exchange,
+            self._trainer,
+            tell,
+            patience_seconds=self._patience,
+        )
         self._distrusted: set[PeerId] = set()
         self._reported: RoundReport | None = None
         self._previous: tuple[int, Piece] | None = None
@@ -130,7 +119,7 @@ class Participant:
             if self._rounds.wants_training and self._trainer.inner_step():
                 self._offer_contribution()
             self._advance()
-            self._fetch_more()
+            self._take_state()
             self._report_round()
             self._report_links(time.monotonic())
         self._report_links(float("inf"))
@@ -139,8 +128,8 @@ class Participant:
     def _drain(self) -> None:
         """Handle all that waits; with nothing to compute, wait for one item first."""
         wait = 0.0 if self._rounds.wants_training else LINK_REPORT_SECONDS
-        if self._fetch and (deadline := self._fetch.next_deadline()) is not None:
-            wait = min(wait, max(0.0, deadline - time.monotonic()))
+        if (seconds := self._states.seconds_to_deadline()) is not None:
+            wait = min(wait, seconds)
         try:
             item = self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()
             self._handle(item)
@@ -190,24 +179,28 @@ class Participant:
             return
         self._reported = None
         self._exchange.keep(self._rounds.others)
-        self._fetch = None
-        wanted = self._rounds.missing_state()
-        if wanted is None:
-            return
-        if wanted.base_round == 0 and not wanted.state_digest:
-            self._hold(wanted.base_round, self._trainer.hold_initial())
-            return
-        if self._trainer.hold_kept(wanted.state_digest):
-            self._hold(wanted.base_round, wanted.state_digest)
-            return
-        self._fetch = StateFetch(
-            wanted.state_digest,
-            self._trainer.state_bytes,
-            [PeerId(p) for p in wanted.sources if p != self._me],
-            patience_seconds=self._patience,
-        )
-        for peer in self._rounds.others:
-            self._note_source(peer)
+        self._states.cancel()
+        if self._rounds.held is not None:
+            self._tell(Held(self._rounds.held))
+            self._vouch(generation.counter)
+        elif self._rounds.missing_state() is not None:
+            self._get_state(generation)
+
+    def _vouch(self, counter: int) -> None:
+        """Say that what we contributed in an earlier epoch stands in this one."""
+        if own := self._rounds.own:
+            stands = ContributionStands(counter, self._rounds.round, own.name)
+            for peer in self._rounds.others:
+                self._exchange.send(peer, stands)
+
+    def _get_state(self, generation: Generation) -> None:
+        digest = generation.state_digest
+        if generation.base_round == 0 and not digest:
+            self._hold(0, self._trainer.hold_initial())
+        elif self._trainer.hold_kept(digest):
+            self._hold(generation.base_round, digest)
+        else:
+            self._states.begin(generation)
 
     def _connect(self, connect: Connect, fds: tuple[int, ...]) -> None:
         sock = socket.socket(fileno=fds[0])
@@ -220,36 +213,24 @@ class Participant:
 
     def _opened(self, event: Opened, peer: PeerId, outgoing: bool) -> None:
         self._exchange.opened(event)
-        if self._both_ways(peer):
+        if self._exchange.both_ways(peer):
             self._rounds.connection_restored(peer)
-            self._note_source(peer)
-        if not outgoing:
-            return
+        self._states.connected(peer)
         generation = self._rounds.generation
-        if self._previous and generation and self._previous[0] >= generation.base_round:
+        if not outgoing or generation is None:
+            return
+        if self._previous and self._previous[0] >= generation.base_round:
             self._contribute(peer, *self._previous)
         if self._rounds.own:
             self._contribute(peer, self._rounds.round, self._rounds.own)
-        for request in self._pending.pop(peer, []):
-            self._serve(peer, request)
 
     def _lost(self, peer: PeerId, outgoing: bool, error: FabricError) -> None:
         if not self._exchange.forget(peer, outgoing=outgoing):
             return
-        if self._fetch:
-            self._fetch.source_lost(peer)
+        self._states.lost(peer)
         if peer in self._rounds.others:
             self._rounds.connection_lost(peer)
             self._tell(Broken(peer, outgoing, error.code, error.reason[:500]))
-
-    def _both_ways(self, peer: PeerId) -> bool:
-        return self._exchange.has(peer, outgoing=True) and self._exchange.has(
-            peer, outgoing=False
-        )
-
-    def _note_source(self, peer: PeerId) -> None:
-        if self._fetch and self._both_ways(peer):
-            self._fetch.source_ready(peer)
 
     def _distrust(self, peer: PeerId, error: IntegrityError) -> None:
         """Never take anything from ``peer`` again: its bytes were not what they say."""
@@ -260,55 +241,27 @@ class Participant:
 
     # -- frames ---------------------------------------------------------------------
 
-    def _received(self, peer: PeerId, meta: object, payload: bytearray) -> None:
+    def _received(self, peer: PeerId, meta: ExchangeMeta, payload: bytearray) -> None:
         try:
             match meta:
-                case Contribution(round_number, tokens):
+                case Contribution(counter, number, tokens):
                     self._trainer.check(payload)
-                    self._rounds.received(peer, round_number, Piece(tokens, payload))
+                    piece = Piece(tokens, payload, hex_digest(payload))
+                    self._rounds.received(peer, counter, number, piece)
+                case ContributionStands(counter, number, name):
+                    self._rounds.vouched(peer, counter, number, name)
                 case StateListRequest() | StateBlockRequest():
-                    self._serve(peer, meta)
-                case StateList(name) if self._fetch and self._fetch.name == name:
-                    self._fetch.list_received(peer, payload)
-                case StateBlock(name, index) if self._fetch and (
-                    self._fetch.name == name
-                ):
-                    self._fetch.block_received(peer, index, payload)
+                    self._states.serve(peer, meta)
+                case StateList() | StateBlock():
+                    self._states.answered(peer, meta, payload)
         except IntegrityError as exc:
             self._distrust(peer, exc)
 
-    def _serve(
-        self, peer: PeerId, request: StateListRequest | StateBlockRequest
-    ) -> None:
-        """Answer a newcomer; an empty payload says that we do not hold that state."""
-        if not self._exchange.has(peer, outgoing=True):
-            waiting = self._pending.setdefault(peer, [])
-            if peer in self._rounds.others and len(waiting) < MAX_PENDING_REQUESTS:
-                waiting.append(request)
-            return
-        served = self._trainer.served(request.digest)
-        match request:
-            case StateListRequest(name):
-                listing = served.listing if served else b""
-                self._exchange.send(peer, StateList(name), listing)
-            case StateBlockRequest(name, index):
-                block = served.block(index) if served else b""
-                self._exchange.send(peer, StateBlock(name, index), block)
-
-    def _fetch_more(self) -> None:
-        fetch, wanted = self._fetch, self._rounds.missing_state()
-        if fetch is None or wanted is None:
-            return
-        if fetch.hopeless:
-            raise Unavailable("no source gave the state", code="E_NO_STATE")
-        for peer, request in fetch.requests(time.monotonic()):
-            if not self._exchange.send(peer, request):
-                fetch.source_lost(peer)
-        if fetch.done:
-            self._fetch = None
-            shares = {f"state_bytes:{p}": n for p, n in fetch.received_from.items()}
-            self._tell(Numbers({"state_sources": len(shares), **shares}))
-            name = self._trainer.hold_received(wanted.base_round, fetch.data)
+    def _take_state(self) -> None:
+        wanted = self._rounds.missing_state()
+        data = self._states.poll() if wanted else None
+        if wanted is not None and data is not None:
+            name = self._trainer.hold_received(wanted.base_round, data)
             self._hold(wanted.base_round, name)
 
     # -- rounds ---------------------------------------------------------------------
@@ -316,7 +269,9 @@ class Participant:
     def _hold(self, round_number: int, name: str) -> None:
         held = self._rounds.hold(round_number, name)
         self._tell(Held(held))
-        if self._evaluates(round_number) or self._rounds.last:
+        if self._rounds.over:
+            self._finish(held)
+        elif self._evaluates(round_number):
             self._evaluate(held)
 
     def _evaluates(self, round_number: int) -> bool:
@@ -327,17 +282,31 @@ class Participant:
         turn = round_number % len(generation.participants)
         return generation.participants[turn] == self._me
 
-    def _evaluate(self, held: StateHeld) -> None:
+    def _evaluate(self, held: StateHeld) -> float:
         loss = self._trainer.evaluate()
-        self._tell(
-            Held(StateHeld(held.job, held.counter, held.round, held.state_digest, loss))
-        )
+        self._tell(Held(msgspec.structs.replace(held, validation_loss=loss)))
+        entropy = self._trainer.unigram_entropy
         self._tell(
             Numbers(
                 {
                     "round": held.round,
                     "validation_loss": loss,
+                    "unigram_entropy": entropy,
+                }
+            )
+        )
+        return loss
+
+    def _finish(self, held: StateHeld) -> None:
+        self._tell(
+            Finished(
+                {
+                    "rounds": held.round,
+                    "state_digest": held.state_digest,
+                    "parameter_digest": self._trainer.parameter_digest(),
+                    "validation_loss": self._evaluate(held),
                     "unigram_entropy": self._trainer.unigram_entropy,
+                    "worker_tokens": self._total_tokens,
                 }
             )
         )
@@ -353,41 +322,24 @@ class Participant:
                 {
                     "round": self._rounds.round,
                     "loss": loss,
-                    "tokens": self._total_tokens,
+                    "worker_tokens": self._total_tokens,
                     "tokens_per_second": self._trainer.tokens_per_second,
                 }
             )
         )
 
     def _contribute(self, peer: PeerId, round_number: int, piece: Piece) -> None:
-        self._exchange.send(
-            peer, Contribution(round_number, piece.tokens), piece.payload
-        )
+        assert self._rounds.generation is not None
+        counter = self._rounds.generation.counter
+        meta = Contribution(counter, round_number, piece.tokens)
+        self._exchange.send(peer, meta, piece.payload)
 
     def _advance(self) -> None:
         while ready := self._rounds.step_ready():
-            self._step(ready)
-
-    def _step(self, ready: StepReady) -> None:
-        finished = self._rounds.round
-        if self._rounds.own:
-            self._previous = (finished, self._rounds.own)
-        name = self._trainer.outer_step(ready)
-        self._rounds.last = ready.last
-        self._hold(finished + 1, name)
-        if ready.last:
-            self._tell(
-                Finished(
-                    {
-                        "rounds": finished + 1,
-                        "state_digest": name,
-                        "parameter_digest": self._trainer.parameter_digest(),
-                        "validation_loss": self._trainer.evaluate(),
-                        "unigram_entropy": self._trainer.unigram_entropy,
-                        "tokens": self._total_tokens,
-                    }
-                )
-            )
+            finished = self._rounds.round
+            if self._rounds.own:
+                self._previous = (finished, self._rounds.own)
+            self._hold(finished + 1, self._trainer.outer_step(ready))
 
     # -- reports --------------------------------------------------------------------
 
@@ -401,7 +353,8 @@ class Participant:
         if now < self._next_link_report:
             return
         self._next_link_report = now + LINK_REPORT_SECONDS
-        for (peer, path), moved in self._exchange.link_bytes().items():
+        for peer, moved in self._exchange.link_bytes().items():
+            path = self._exchange.path(peer)
             self._tell(LinkMoved(peer, path, moved.sent, moved.received))
 
     def _save(self, directory: Path) -> None:
@@ -414,9 +367,4 @@ class Participant:
             code = exc.code if isinstance(exc, FabricError) else "E_DISK"
             self._tell(SaveFailed(str(directory), code, str(exc)[:500]))
             return
-        self._tell(Saved(str(directory), saved.root, state.round, saved.size_bytes))
-
-
-def failure(error: FabricError) -> Failed:
-    """Return the last event of a worker that cannot go on."""
-    return Failed(error.code, error.reason[:500])
+        self._tell(Saved(saved.path, saved.root, state.round, saved.size_bytes))

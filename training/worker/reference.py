@@ -1,8 +1,8 @@
 """Train one process on the same number of tokens: what a run is compared with.
 
 ``python -m training.worker.reference --spec JSON --tokens N`` prints JSON lines; the
-last one has ``"done": true``. Same model, initial weights, optimiser, schedule, text and
-held-out windows as a worker's; no outer loop.
+last one has ``"done": true``. Same model, initial weights, optimiser, schedule, text
+and held-out windows as a worker's; no outer loop.
 """
 
 from __future__ import annotations

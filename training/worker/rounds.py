@@ -11,8 +11,9 @@ the own contribution is sent again to newcomers, never computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import msgspec
 
 from fabric.core.errors import LocalProtocolError
 from fabric.core.ids import JobId, PeerId
@@ -30,6 +31,8 @@ class Piece:
 
     tokens: int
     payload: Payload
+    name: str
+    """Hex BLAKE3 of the payload."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class StepReady:
     contributors: tuple[PeerId, ...]
     payloads: tuple[Payload, ...]
     tokens: tuple[int, ...]
-    last: bool
 
 
 @dataclass
@@ -49,16 +51,18 @@ class Rounds:
     Args:
         job: The job.
         me: This peer.
+        num_rounds: Rounds of the whole run; a decision may end it earlier.
     """
 
     job: JobId
     me: PeerId
+    num_rounds: int
     generation: Generation | None = None
     held: StateHeld | None = None
     own: Piece | None = None
     own_loss: float = 0.0
-    last: bool = False
     _pieces: dict[tuple[int, PeerId], Piece] = field(default_factory=dict)
+    _vouched: dict[tuple[int, PeerId], int] = field(default_factory=dict)
     _decisions: dict[int, RoundDecision] = field(default_factory=dict)
     _broken: set[PeerId] = field(default_factory=set)
 
@@ -80,6 +84,11 @@ class Rounds:
         """Whether this peer is a participant of the current generation."""
         return self.generation is not None and self.me in self.generation.participants
 
+    @property
+    def over(self) -> bool:
+        """Whether the state that the last round ends with is held."""
+        return self.held is not None and self.held.round >= self.num_rounds
+
     def apply(self, generation: Generation) -> bool:
         """Enter ``generation``; return False when it is not newer than the current one.
 
@@ -90,11 +99,16 @@ class Rounds:
             return False
         self.generation = generation
         self._broken &= self.others
-        if self.held is not None and not self._starts_from(generation, self.held):
-            self.held = None
-            self.own = None
-            self._decisions.clear()
-            self.last = False
+        if self.held is not None:
+            if self._starts_from(generation, self.held):
+                self.held = msgspec.structs.replace(
+                    self.held, counter=generation.counter
+                )
+            else:
+                self.held = None
+                self.own = None
+        # What an earlier epoch decided is for its own participants.
+        self._decisions.clear()
         self._prune()
         return True
 
@@ -116,7 +130,7 @@ class Rounds:
     @property
     def wants_training(self) -> bool:
         """Whether inner steps of the current round are still of use."""
-        if not self.takes_part or self.held is None or self.last:
+        if not self.takes_part or self.held is None or self.over:
             return False
         decision = self._decisions.get(self.held.round)
         return self.own is None and decision is None
@@ -128,27 +142,42 @@ class Rounds:
         self.own = piece
         self.own_loss = loss
 
-    def received(self, peer: PeerId, round_number: int, piece: Piece) -> bool:
-        """Record another's contribution; return whether it is news."""
-        ahead = round_number - self.round
-        if peer not in self.others or not 0 <= ahead <= LOOKAHEAD_ROUNDS:
+    def received(
+        self, peer: PeerId, counter: int, round_number: int, piece: Piece
+    ) -> bool:
+        """Record another's contribution, sent under epoch ``counter``.
+
+        One of a later epoch replaces an earlier one: its author's worker was started
+        again and computed another.
+        """
+        key = (round_number, peer)
+        if peer not in self.others or not self._within_reach(round_number):
             return False
-        if (round_number, peer) in self._pieces:
+        if counter <= self._vouched.get(key, -1):
             return False
-        self._pieces[round_number, peer] = piece
+        self._pieces[key] = piece
+        self._vouched[key] = counter
         return True
+
+    def vouched(self, peer: PeerId, counter: int, round_number: int, name: str) -> None:
+        """``peer`` says under a later epoch that its contribution stands."""
+        key = (round_number, peer)
+        if key in self._pieces and self._pieces[key].name == name:
+            self._vouched[key] = max(counter, self._vouched[key])
 
     def decide(self, decision: RoundDecision) -> bool:
         """Record the coordinator's choice; return False when it is stale."""
         if self.generation is None or decision.counter != self.generation.counter:
             return False
-        if not 0 <= decision.round - self.round <= LOOKAHEAD_ROUNDS:
+        if not self._within_reach(decision.round):
             return False
         if len(decision.contributors) != len(decision.tokens) or not sum(
             decision.tokens
         ):
             return False
         self._decisions.setdefault(decision.round, decision)
+        if decision.last:
+            self.num_rounds = decision.round + 1
         return True
 
     def step_ready(self) -> StepReady | None:
@@ -165,7 +194,6 @@ class Rounds:
             tuple(peer for peer, _ in order),
             tuple(piece.payload for piece in found),
             tuple(tokens for _, tokens in order),
-            decision.last,
         )
 
     def connection_lost(self, peer: PeerId) -> None:
@@ -181,7 +209,7 @@ class Rounds:
         """Return what the coordinator needs to know now; None outside a generation."""
         if self.generation is None or not self.takes_part:
             return None
-        holds = [peer for _, peer in self._current()]
+        holds = [p for p in self.others if self._piece(p) is not None]
         if self.own is not None:
             holds.append(self.me)
         return RoundReport(
@@ -200,14 +228,23 @@ class Rounds:
             generation.state_digest,
         )
 
-    def _piece(self, peer: PeerId) -> Piece | None:
-        return self.own if peer == self.me else self._pieces.get((self.round, peer))
+    def _within_reach(self, round_number: int) -> bool:
+        return 0 <= round_number - self.round <= LOOKAHEAD_ROUNDS
 
-    def _current(self) -> Iterator[tuple[int, PeerId]]:
-        return (key for key in self._pieces if key[0] == self.round)
+    def _piece(self, peer: PeerId) -> Piece | None:
+        if peer == self.me:
+            return self.own
+        key = (self.round, peer)
+        return self._pieces.get(key) if self._stands(key) else None
+
+    def _stands(self, key: tuple[int, PeerId]) -> bool:
+        # Two survivors could otherwise average different work of one author: what it
+        # sent before its worker died, and what it sent after.
+        counter = self.generation.counter if self.generation else 0
+        return self._vouched.get(key, -1) >= counter
 
     def _prune(self) -> None:
-        # A piece of a peer that left stays for its round: a decision may name it.
-        window = range(self.round, self.round + LOOKAHEAD_ROUNDS + 1)
-        self._pieces = {k: v for k, v in self._pieces.items() if k[0] in window}
-        self._decisions = {r: d for r, d in self._decisions.items() if r in window}
+        for key in [key for key in self._pieces if not self._within_reach(key[0])]:
+            del self._pieces[key], self._vouched[key]
+        for number in [n for n in self._decisions if not self._within_reach(n)]:
+            del self._decisions[number]

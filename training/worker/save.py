@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from checkpoints.directories import step_path
 from checkpoints.torch_io.tensors import save_tensors
 from fabric.jobs.spec import JobSpec
 from training.worker.engine import NativeEngine
@@ -15,8 +16,9 @@ from training.worker.outer import OuterState
 
 @dataclass(frozen=True)
 class SavedState:
-    """A committed checkpoint: its root id and the bytes of its files."""
+    """A committed checkpoint: its directory, root id, and the bytes of its files."""
 
+    path: str
     root: str
     size_bytes: int
 
@@ -50,5 +52,6 @@ def save_checkpoint(
             "spec": msgspec.to_builtins(spec),
         },
     )
-    files = (directory / f"step-{state.round}").iterdir()
-    return SavedState(root, sum(path.stat().st_size for path in files))
+    path = step_path(directory, state.round)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return SavedState(str(path), root, size)

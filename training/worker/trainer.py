@@ -141,7 +141,8 @@ class Trainer:
             self.state.theta, self.engine.flat, self._residual, self._outer
         )
         loss = sum(self._losses) / len(self._losses)
-        return Piece(self.round_tokens, self._encoded.payload), loss
+        payload = self._encoded.payload
+        return Piece(self.round_tokens, payload, hex_digest(payload)), loss
 
     def check(self, payload: Payload) -> None:
         """Accept another's contribution before it is kept.

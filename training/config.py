@@ -1,0 +1,29 @@
+"""Settings of the training runner on one machine."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TrainConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What a training worker may use, and how its connections are opened.
+
+    Attributes:
+        worker_memory_bytes: Private memory of a worker above the interpreter's.
+        worker_threads: torch threads: cores / worker processes.
+        max_restarts: A worker that died without saying why is started again this often.
+        start_seconds: A worker must be ready within this; importing torch is slow.
+        certificate_seconds: Life of a job certificate, at most 3600; renewed at half.
+        first_backoff_seconds: Pause before a failed path is tried again; it doubles.
+        max_backoff_seconds: Longest such pause.
+    """
+
+    worker_memory_bytes: int = 8 << 30
+    worker_threads: int = 1
+    max_restarts: int = 1
+    start_seconds: float = 120.0
+    certificate_seconds: int = 3600
+    first_backoff_seconds: float = 0.1
+    max_backoff_seconds: float = 2.0
