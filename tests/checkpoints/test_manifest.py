@@ -1,10 +1,11 @@
 """The door for manifests: canonical, complete, bounded; typed errors only."""
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.manifest import (
@@ -77,6 +78,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=25)
 @given(st.dictionaries(st.text("abc"), json_values))
 def test_any_json_state_returns_with_its_types(state):
     loaded = load_manifest_untrusted(encode_manifest(manifest(state=state))).state
@@ -235,7 +237,5 @@ def test_too_many_blocks_are_refused():
 
 
 def test_the_schema_is_current():
-    from pathlib import Path
-
     schema = Path(__file__).parents[2] / "docs/checkpoint-manifest.schema.json"
     assert json.loads(schema.read_text()) == msgspec.json.schema(Manifest)

@@ -5,7 +5,7 @@ import random
 from math import prod
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.boxes import Box, whole
@@ -45,7 +45,7 @@ def cut_tensors(draw):
     return draw(st.sampled_from(sorted(DTYPE_BYTES))), shape, boxes, Box(offsets, sizes)
 
 
-@settings(max_examples=60)
+@pytest.mark.slow
 @given(st.lists(cut_tensors(), min_size=1, max_size=3), st.integers(1, 3))
 def test_any_layout_loads_into_any_box(tmp_path_factory, lab, tensors, writers):
     directory = tmp_path_factory.mktemp("c")
