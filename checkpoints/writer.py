@@ -3,6 +3,7 @@
     step-N.tmp/        made and locked by begin()
       writer-k.safetensors ...   each hashed while written, then synced
       manifest.json    last, synced
+    latest.tmp         synced
     step-N/            by rename, parent directory synced
     latest             by rename, parent directory synced
 
@@ -15,8 +16,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from errno import EEXIST, ENOTEMPTY
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -210,25 +211,36 @@ class CheckpointWriter:
             )
 
     def _publish(self, root: str) -> None:
-        """Rename the step into place, then point ``latest`` at it."""
-        self._refuse_existing()
-        try:
+        """Rename the step into place, then point ``latest`` at it.
+
+        The new ``latest`` is written before, so that a full disk refuses the step
+        instead of leaving one that ``latest`` does not know.
+        """
+        with _locked(self._directory):
+            self._refuse_existing()
+            latest = self._directory / f"{LATEST_NAME}.tmp"
+            latest.unlink(missing_ok=True)
+            write_synced(latest, f"{self.path.name} {root}\n".encode())
+            self._on_point("latest.synced")
             self.temporary.rename(self.path)
-        except OSError as exc:
-            if exc.errno in {EEXIST, ENOTEMPTY}:
-                self._refuse_existing()
-            raise
-        self._committed = True
-        self._on_point("renamed")
-        sync_directory(self._directory)
-        self._on_point("step.synced")
-        latest = self._directory / f"{LATEST_NAME}.{os.getpid()}.tmp"
-        latest.unlink(missing_ok=True)
-        write_synced(latest, f"{self.path.name} {root}\n".encode())
-        self._on_point("latest.synced")
-        latest.rename(self._directory / LATEST_NAME)
-        self._on_point("latest.renamed")
-        sync_directory(self._directory)
+            self._committed = True
+            self._on_point("renamed")
+            sync_directory(self._directory)
+            self._on_point("step.synced")
+            latest.rename(self._directory / LATEST_NAME)
+            self._on_point("latest.renamed")
+            sync_directory(self._directory)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock under which ``latest`` changes; waits for another save's rename."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def merge_parts(

@@ -7,9 +7,12 @@ from math import prod
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from checkpoints.boxes import Box, whole
 from checkpoints.dtypes import DTYPE_BYTES
+from checkpoints.manifest import encode_manifest
+from checkpoints.manifest_checks import load_manifest_untrusted
 from checkpoints.parts import bytes_source
 from checkpoints.reader import CheckpointReader
 from checkpoints.verification import verify_checkpoint
@@ -216,3 +219,37 @@ def test_strange_files_are_told_but_do_no_harm(tmp_path, lab):
     assert report.checked_bytes == prod((512, 1024, 4)) + sum(
         p.stat().st_size for p in (tmp_path / "step-1").glob("*.safetensors")
     ) - prod((512, 1024, 4))
+
+
+def tamper(directory, change):
+    """Rewrite the manifest, consistent in itself, as a forger would."""
+    path = directory / "step-1/manifest.json"
+    manifest = load_manifest_untrusted(path.read_bytes())
+    path.write_bytes(encode_manifest(change(manifest)))
+
+
+def test_a_manifest_whose_hashes_disagree_is_found(tmp_path, lab):
+    lab.save(tmp_path)
+    name = "rank1-0.safetensors"
+
+    def change(manifest):
+        entry = structs.replace(manifest.files[name], blake3="0" * 64)
+        return structs.replace(manifest, files={**manifest.files, name: entry})
+
+    tamper(tmp_path, change)
+    report = verify_checkpoint(tmp_path / "step-1")
+    assert [(f.code, f.file) for f in report.findings] == [("E_FILE_HASH", name)]
+
+
+def test_a_manifest_that_renames_bytes_is_found(tmp_path, lab):
+    lab.save(tmp_path)
+
+    def change(manifest):
+        tensors = dict(manifest.tensors)
+        tensors["model/other"] = tensors.pop("model/bias")
+        return structs.replace(manifest, tensors=tensors)
+
+    tamper(tmp_path, change)
+    report = verify_checkpoint(tmp_path / "step-1")
+    assert [f.code for f in report.findings] == ["E_HEADER"]
+    assert report.findings[0].tensors == ("model/other",)

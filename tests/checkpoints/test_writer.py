@@ -221,7 +221,6 @@ def test_killed_at_any_point_leaves_no_step_or_a_whole_one(tmp_path, lab):
         published = point in {
             "renamed",
             "step.synced",
-            "latest.synced",
             "latest.renamed",
             "finished",
         }
