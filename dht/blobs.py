@@ -1,0 +1,392 @@
+"""The content store on disk. Blocking: call it in threads. One process per directory.
+
+    data/<root>        complete, verified, never changed
+    parts/<root>       still arriving (``partial.py``)
+    manifests/<root>   encoded manifest; written before either of the above
+    pins/<root>        empty; keeps a blob from being collected
+    incoming/*         being added; removed at the next start
+
+A blob becomes visible by the rename into ``data``, after every byte is on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from dht import bitmap
+from dht.disk import E_DISK_FULL, disk_errors, sync_folder, write_durably
+from dht.export import BlobReader, write_tree
+from dht.ingest import BlockWriter, directory_files
+from dht.manifest import (
+    BlobManifest,
+    BlobStat,
+    FileEntry,
+    decode_manifest_untrusted,
+    encode_manifest,
+)
+from dht.partial import PartialBlob
+from fabric.core.digest import digest
+from fabric.core.errors import (
+    ConfigError,
+    IntegrityError,
+    LocalProtocolError,
+    ResourceExhausted,
+    Unavailable,
+)
+from fabric.core.ids import BlobId
+
+E_NO_CONTENT = "E_NO_CONTENT"
+_FOLDERS = ("data", "parts", "manifests", "pins", "incoming")
+
+
+class BlobStore:
+    """Content by root.
+
+    Args:
+        directory: Owned by this store; created if missing.
+        max_bytes: Most bytes kept, complete and arriving together.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._dir = directory
+        self._max_bytes = max_bytes
+        self._lock = threading.RLock()
+        self._open: dict[BlobId, PartialBlob] = {}
+        self._reserved = 0
+        for folder in _FOLDERS:
+            (directory / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._drop_leftovers()
+
+    def add_bytes(
+        self, data: bytes, name: str = "", meta: Mapping[str, str] | None = None
+    ) -> BlobId:
+        """Keep ``data`` as one blob and return its root."""
+        with self._adding(len(data)) as writer:
+            writer.write(data)
+            return self._finish_add(writer, name, meta, ())
+
+    def add_file(self, path: Path, meta: Mapping[str, str] | None = None) -> BlobId:
+        """Keep a copy of the file at ``path`` and return its root.
+
+        Raises:
+            ConfigError: not a regular file.
+            ResourceExhausted: the store or the disk is full; nothing is left behind.
+        """
+        if not path.is_file():
+            raise ConfigError(f"{path} is not a file")
+        with self._adding(path.stat().st_size) as writer:
+            writer.copy(path)
+            return self._finish_add(writer, path.name, meta, ())
+
+    def add_directory(
+        self, path: Path, meta: Mapping[str, str] | None = None
+    ) -> BlobId:
+        """Keep a copy of every file below ``path`` as one blob and return its root.
+
+        Names and contents are kept; empty directories, modes and times are not.
+
+        Raises:
+            ConfigError: no directory, no files, or it holds a link or a device.
+            ResourceExhausted: the store or the disk is full; nothing is left behind.
+        """
+        files = directory_files(path)
+        total = sum(file.stat().st_size for _, file in files)
+        entries = []
+        with self._adding(total) as writer:
+            for name, file in files:
+                offset = writer.size
+                writer.copy(file)
+                entries.append(FileEntry(name, offset, writer.size - offset))
+            return self._finish_add(writer, path.name, meta, tuple(entries))
+
+    def has(self, root: BlobId) -> bool:
+        """Return whether all of ``root`` is here."""
+        return self._path("data", root).exists()
+
+    def manifest(self, root: BlobId) -> BlobManifest:
+        """Return the manifest of ``root``.
+
+        Raises:
+            Unavailable: not here.
+            IntegrityError: the file on disk is damaged.
+        """
+        return decode_manifest_untrusted(self.raw_manifest(root), root)
+
+    def raw_manifest(self, root: BlobId) -> bytes:
+        """Return the encoded manifest, as its root was computed.
+
+        Raises:
+            Unavailable: not here.
+        """
+        try:
+            return self._path("manifests", root).read_bytes()
+        except FileNotFoundError:
+            raise Unavailable(
+                f"content {root[:12]} is not here",
+                code=E_NO_CONTENT,
+                next_step=f"fetch it with `fabric content get {root}`",
+            ) from None
+
+    def have_bitmap(self, root: BlobId) -> int:
+        """Return which blocks of ``root`` can be read here (see ``bitmap.py``)."""
+        if self.has(root):
+            return bitmap.full(self.manifest(root).num_blocks)
+        with self._lock:
+            partial = self._open.get(root)
+        return partial.have if partial else 0
+
+    def read_block(self, root: BlobId, index: int) -> bytes:
+        """Return block ``index`` of ``root``, verified.
+
+        Raises:
+            Unavailable: not here.
+            IntegrityError: the bytes on disk are damaged.
+        """
+        manifest = self.manifest(root)
+        if not 0 <= index < manifest.num_blocks:
+            raise ValueError(f"block {index} of {manifest.num_blocks}")
+        buffer = bytearray(manifest.block_bytes(index))
+        with self.open_reader(root) as reader:
+            got = reader.read_into(index, memoryview(buffer))
+        if got != len(buffer):
+            raise Unavailable(f"block {index} of {root[:12]} is not here")
+        if digest(buffer) != manifest.hashes[index]:
+            raise IntegrityError(f"block {index} of {root[:12]} is damaged on disk")
+        return bytes(buffer)
+
+    @contextmanager
+    def open_reader(self, root: BlobId) -> Iterator[BlobReader]:
+        """Open ``root`` for reading many blocks, complete or arriving.
+
+        Blocks are not verified: whoever receives them does.
+
+        Raises:
+            Unavailable: not here.
+        """
+        with self._lock:
+            partial = self._open.get(root)
+        manifest = partial.manifest if partial else self.manifest(root)
+        data = self._path("data", root)
+        if not data.exists() and partial is not None:
+            yield BlobReader(manifest, None, partial)
+            return
+        try:
+            file = data.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise Unavailable(f"content {root[:12]} is not here") from None
+        with file:
+            os.utime(file.fileno())  # last use, for gc
+            yield BlobReader(manifest, file.fileno(), None)
+
+    def export(self, root: BlobId, target: Path) -> None:
+        """Restore ``root`` as the file or directory ``target``, verified.
+
+        Raises:
+            ConfigError: ``target`` exists.
+            Unavailable: not (completely) here.
+            IntegrityError: the bytes on disk are damaged.
+            ResourceExhausted: the disk is full. In all cases ``target`` is not made.
+        """
+        if not self.has(root):
+            raise Unavailable(f"content {root[:12]} is not (completely) here")
+        if target.exists():
+            raise ConfigError(f"{target} exists", next_step="choose another target")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".fabric-export-", dir=target.parent))
+        try:
+            with disk_errors():
+                with self.open_reader(root) as reader:
+                    write_tree(reader, work / "tree")
+            (work / "tree").rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def open_partial(self, root: BlobId, manifest: BlobManifest) -> PartialBlob:
+        """Start or resume receiving ``root``. Close it when done or interrupted.
+
+        Raises:
+            LocalProtocolError: complete, or being received already.
+            ResourceExhausted: the store or the disk has no room for it.
+        """
+        wanted, raw = encode_manifest(manifest)
+        if wanted != root:
+            raise IntegrityError(f"manifest does not match root {root[:12]}")
+        part = self._path("parts", root)
+        with self._lock:
+            if root in self._open or self.has(root):
+                raise LocalProtocolError(f"{root[:12]} is here or being received")
+            if not part.exists():
+                self._require_room(manifest.size)
+            self._keep_manifest(root, raw)
+            try:
+                partial = PartialBlob(root, manifest, part)
+            except ResourceExhausted:
+                part.unlink(missing_ok=True)
+                self._path("manifests", root).unlink(missing_ok=True)
+                raise
+            self._open[root] = partial
+        return partial
+
+    def finish(self, partial: PartialBlob) -> None:
+        """Make a complete ``partial`` visible and close it.
+
+        Raises:
+            LocalProtocolError: blocks are missing.
+        """
+        if not partial.complete:
+            raise LocalProtocolError(f"{partial.root[:12]} lacks blocks")
+        partial.sync()
+        self._publish(partial.path, partial.root)
+        self.release(partial)
+
+    def release(self, partial: PartialBlob) -> None:
+        """Close ``partial``; what it verified is kept for the next attempt."""
+        with self._lock:
+            self._open.pop(partial.root, None)
+        partial.close()
+
+    def pin(self, root: BlobId) -> None:
+        """Keep ``root`` when the store is collected."""
+        self.raw_manifest(root)
+        self._path("pins", root).touch()
+
+    def unpin(self, root: BlobId) -> None:
+        """Let ``root`` be collected."""
+        self._path("pins", root).unlink(missing_ok=True)
+
+    def stat(self, root: BlobId) -> BlobStat:
+        """Return the facts about ``root``; a part at rest counts as nothing held."""
+        manifest = self.manifest(root)
+        held = self.have_bitmap(root).bit_count()
+        pinned = self._path("pins", root).exists()
+        return BlobStat(
+            root,
+            manifest.name,
+            manifest.size,
+            manifest.num_blocks,
+            held,
+            len(manifest.entries),
+            pinned,
+        )
+
+    def ls(self) -> list[BlobStat]:
+        """Return every blob, complete or arriving, by root."""
+        names = sorted(p.name for p in (self._dir / "manifests").iterdir())
+        return [self.stat(BlobId(n)) for n in names if not n.endswith(".tmp")]
+
+    def used_bytes(self) -> int:
+        """Return the bytes kept or promised to parts."""
+        folders = (self._dir / "data", self._dir / "parts")
+        sizes = (p.stat().st_size for folder in folders for p in folder.iterdir())
+        return sum(sizes) + self._reserved
+
+    def gc(self, keep_bytes: int = 0) -> list[BlobId]:
+        """Remove unpinned blobs until at most ``keep_bytes`` are used.
+
+        Parts at rest go first, then the complete blobs used least recently.
+        """
+        removed = []
+        with self._lock:
+            for path in self._collectable():
+                if self.used_bytes() <= keep_bytes:
+                    break
+                root = BlobId(path.name)
+                path.unlink()
+                self._path("manifests", root).unlink(missing_ok=True)
+                removed.append(root)
+        return removed
+
+    def _drop_leftovers(self) -> None:
+        """Remove what a crash left behind and nothing refers to."""
+        for leftover in (self._dir / "incoming").iterdir():
+            leftover.unlink()
+        for manifest in (self._dir / "manifests").iterdir():
+            places = (
+                self._dir / folder / manifest.name for folder in ("data", "parts")
+            )
+            if not any(place.exists() for place in places):
+                manifest.unlink()
+
+    def _collectable(self) -> list[Path]:
+        """Return the removable files: resting parts, then data by last use."""
+        pinned = {p.name for p in (self._dir / "pins").iterdir()}
+        parts = [p for p in (self._dir / "parts").iterdir() if p.name not in self._open]
+        data = list((self._dir / "data").iterdir())
+        data.sort(key=lambda p: p.stat().st_mtime_ns)
+        return [p for p in parts + data if p.name not in pinned]
+
+    @contextmanager
+    def _adding(self, size: int) -> Iterator[BlockWriter]:
+        """Hold room for ``size`` bytes and a file to write; removed on any error."""
+        with self._lock:
+            self._require_room(size)
+            self._reserved += size
+        handle, name = tempfile.mkstemp(dir=self._dir / "incoming")
+        try:
+            with os.fdopen(handle, "wb", buffering=0) as file, disk_errors():
+                yield BlockWriter(file, Path(name))
+        finally:
+            Path(name).unlink(missing_ok=True)
+            with self._lock:
+                self._reserved -= size
+
+    def _finish_add(
+        self,
+        writer: BlockWriter,
+        name: str,
+        meta: Mapping[str, str] | None,
+        entries: tuple[FileEntry, ...],
+    ) -> BlobId:
+        hashes = writer.finish()
+        root, raw = encode_manifest(
+            BlobManifest(
+                name=name,
+                size=writer.size,
+                hashes=hashes,
+                meta=dict(meta or {}),
+                entries=entries,
+            )
+        )
+        decode_manifest_untrusted(raw, root)  # what others would refuse, we refuse now
+        with self._lock:
+            self._keep_manifest(root, raw)
+            self._publish(writer.path, root)
+        return root
+
+    def _require_room(self, size: int) -> None:
+        used = self.used_bytes()
+        if used + size > self._max_bytes:
+            raise ResourceExhausted(
+                f"content store holds {used} B of {self._max_bytes} B; "
+                f"no room for {size} B",
+                next_step="run `fabric content gc` or raise content.max_bytes",
+            )
+        free = shutil.disk_usage(self._dir).free
+        if free < size:
+            raise ResourceExhausted(
+                f"disk has {free} B free, {size} B needed",
+                code=E_DISK_FULL,
+                next_step="free disk space or run `fabric content gc`",
+            )
+
+    def _keep_manifest(self, root: BlobId, raw: bytes) -> None:
+        path = self._path("manifests", root)
+        if not path.exists():
+            write_durably(path, raw)
+
+    def _publish(self, work: Path, root: BlobId) -> None:
+        """Rename the synced file ``work`` into place and make the rename durable."""
+        work.rename(self._path("data", root))
+        sync_folder(self._dir / "manifests")
+        sync_folder(self._dir / "data")
+
+    def _path(self, folder: str, root: str) -> Path:
+        if len(root) != 64 or not set(root) <= set("0123456789abcdef"):
+            raise ValueError(f"not a content root: {root[:80]!r}")
+        return self._dir / folder / root
