@@ -65,10 +65,14 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """End a session; unknown ones are already over."""
+    """End a session of the caller; unknown ones are already over.
+
+    A participant of the job may name another ``gateway``: one it cannot reach.
+    """
 
     job: Job
     session: Session
+    gateway: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class SessionToken(msgspec.Struct, frozen=True, array_like=True):
@@ -99,6 +103,8 @@ class ServedModel(msgspec.Struct, frozen=True):
     job: Job
     name: Annotated[str, msgspec.Meta(max_length=1000)]
     first_stage: Peer
+    context_tokens: Index = 0
+    """Prompt and generated tokens together; 0: unknown here."""
 
 
 class Models(msgspec.Struct, frozen=True, tag="models"):

@@ -56,14 +56,20 @@ class Assign(msgspec.Struct, frozen=True, tag="assign"):
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
-    """Use the socket that comes with this frame; outgoing if ``dialled``.
+    """Use the socket that comes with this frame.
 
-    An empty certificate means: same daemon, no TLS.
+    Attributes:
+        epoch: Generation it belongs to.
+        channel: What it carries.
+        outgoing: Whether this worker sends on it, or receives.
+        server: Side of the TLS handshake; with punched sockets either end may be it.
+        peer_certificate: The one to trust; empty: same daemon, no TLS.
     """
 
     epoch: Count
     channel: ChannelName
-    dialled: bool
+    outgoing: bool
+    server: bool
     peer_certificate: Der
 
 
@@ -110,7 +116,7 @@ class Attached(msgspec.Struct, frozen=True, tag="attached"):
 
     epoch: Count
     channel: ChannelName
-    dialled: bool
+    outgoing: bool
 
 
 class Sampled(msgspec.Struct, frozen=True, tag="sampled"):
@@ -133,7 +139,7 @@ class ChannelLost(msgspec.Struct, frozen=True, tag="channel_lost"):
 
     epoch: Count
     channel: ChannelName
-    dialled: bool
+    outgoing: bool
     reason: Annotated[str, msgspec.Meta(max_length=2000)]
 
 

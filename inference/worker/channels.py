@@ -97,12 +97,12 @@ class Channel:
             self._socket,
             self._credentials,
             attach.peer_certificate,
-            server=not attach.dialled,
+            server=attach.server,
             timeout_seconds=HANDSHAKE_SECONDS,
         )
 
     def _serve(self, sock: ByteSocket) -> None:
-        if self._attach.dialled:
+        if self._attach.outgoing:
             self._report(Opened(self._attach, BulkSender(sock)))
             return
         self._report(Opened(self._attach, None))

@@ -209,16 +209,16 @@ class StageEngine:
                 self._on_frame(self._held.popleft())
         elif attach.channel == "tokens":
             self._returning = True
-        self._tell(Attached(attach.epoch, attach.channel, attach.dialled))
+        self._tell(Attached(attach.epoch, attach.channel, attach.outgoing))
 
     def _on_lost(self, attach: Attach, reason: str) -> None:
         if self._assign is None or attach.epoch != self._assign.epoch:
             return
-        if attach.dialled:
+        if attach.outgoing:
             self._sender = None
         elif attach.channel == "tokens":
             self._returning = False
-        self._lost(attach.channel, dialled=attach.dialled, reason=reason)
+        self._lost(attach.channel, outgoing=attach.outgoing, reason=reason)
 
     def _on_start(self, start: Start) -> None:
         now = time.monotonic()
@@ -260,7 +260,7 @@ class StageEngine:
             self._channels.clear()
             self._sender, self._returning = None, False
             name = KIND_CHANNELS.get(frame.kind, "activations")
-            self._lost(name, dialled=False, reason=exc.reason)
+            self._lost(name, outgoing=False, reason=exc.reason)
 
     def _on_pick(self, pick: Pick) -> None:
         assert self._schedule is not None
@@ -347,11 +347,11 @@ class StageEngine:
             self._sender.send(kind, meta, payload)
         except Unavailable as exc:
             self._sender = None
-            self._lost(KIND_CHANNELS[kind], dialled=True, reason=exc.reason)
+            self._lost(KIND_CHANNELS[kind], outgoing=True, reason=exc.reason)
 
-    def _lost(self, channel: ChannelName, *, dialled: bool, reason: str) -> None:
+    def _lost(self, channel: ChannelName, *, outgoing: bool, reason: str) -> None:
         assert self._assign is not None
-        self._tell(ChannelLost(self._assign.epoch, channel, dialled, reason[:2000]))
+        self._tell(ChannelLost(self._assign.epoch, channel, outgoing, reason[:2000]))
 
     def _fail(self, session: str, reply_to: Peer) -> None:
         token = SessionToken(session, 0, -1, "error")
