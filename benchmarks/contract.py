@@ -1,0 +1,148 @@
+"""The contract of a benchmark: one JSON object per case, kept as JSON lines.
+
+``python -m benchmarks.NAME --json`` prints the objects; without ``--json``, a table.
+Both append them to ``benchmarks/results/NAME.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 3
+"""Interleaved rounds of which the median counts, at least."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One case.
+
+    Attributes:
+        ratio: ours / rival_value where more is better, else cost / rival's cost; the
+            median of the rounds' ratios, because load differs between rounds.
+        cpu_seconds: Of our processes, per unit of work named in ``unit``'s case.
+        peak_rss_bytes: Of our largest process.
+        load: One-minute load average when the case ended.
+        skipped: Why there is no rival value, or empty.
+    """
+
+    bench: str
+    case: str
+    ours: float | None
+    unit: str
+    rival: str
+    rival_value: float | None
+    ratio: float | None
+    cpu_seconds: float | None
+    peak_rss_bytes: int | None
+    load: float
+    commit: str
+    skipped: str = ""
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One round of one contestant."""
+
+    value: float
+    cpu_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+def compare(
+    bench: str,
+    case: str,
+    unit: str,
+    rival: str,
+    ours: Sequence[Sample],
+    theirs: Sequence[Sample],
+    skipped: str = "",
+) -> Row:
+    """Return the row of one case from the samples of its interleaved rounds."""
+    ratios = [
+        a.value / b.value for a, b in zip(ours, theirs, strict=False) if b.value > 0
+    ]
+    return Row(
+        bench=bench,
+        case=case,
+        ours=_median(s.value for s in ours),
+        unit=unit,
+        rival=rival,
+        rival_value=_median(s.value for s in theirs),
+        ratio=_median(ratios),
+        cpu_seconds=_median(s.cpu_seconds for s in ours),
+        peak_rss_bytes=max((s.peak_rss_bytes for s in ours), default=None),
+        load=round(os.getloadavg()[0], 2),
+        commit=commit(),
+        skipped=skipped,
+    )
+
+
+def main(bench: str, measure: Callable[[int], Iterable[Row]]) -> None:
+    """Run a benchmark as a command.
+
+    Args:
+        bench: Its name: the module's, and the result file's.
+        measure: Called with the number of rounds; yields rows as they are known.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench}")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at least 3")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{bench}.jsonl").open("a") as results:
+        for row in measure(max(options.rounds, ROUNDS)):
+            line = msgspec.json.encode(row).decode()
+            results.write(line + "\n")
+            print(line if options.json else _table_line(row), flush=True)
+
+
+def commit() -> str:
+    """Return the commit that was measured, with "+" when files differ from it."""
+    here = Path(__file__).parent
+    try:
+        head = _git(here, "rev-parse", "--short", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--", "fabric", "benchmarks/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def _git(where: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=where.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def _table_line(row: Row) -> str:
+    if row.ratio is None:
+        return f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.skipped}"
+    return (
+        f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.rival:16}"
+        f" {_number(row.rival_value)}   {row.ratio:6.2f}x"
+    )
+
+
+def _number(value: float | None) -> str:
+    return f"{value:12,.1f}" if value is not None else f"{'-':>12}"
+
+
+def note(text: str) -> None:
+    """Say ``text`` to the person who waits; data goes to standard output."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The two processes of each contestant; standard library only in this file."""
