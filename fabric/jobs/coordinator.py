@@ -167,7 +167,7 @@ class Coordinator:
     # -- completion
 
     def finished(self, live: Peers) -> bool:
-        """Whether the last round is decided and all live hold one and the same state."""
+        """Whether the last round is decided and all live hold the same state."""
         if self.genesis or self._spec.kind != "train" or not self.table.over:
             return False
         last = [self._held.get(p) for p in live]

@@ -73,6 +73,14 @@ class Ledger:
         """Set one fact."""
         self._totals[name] = value
 
+    def totals(self) -> dict[str, Fact]:
+        """Return what a successor should know: everything but links."""
+        return dict(self._totals)
+
+    def adopt(self, totals: Mapping[str, Fact]) -> None:
+        """Take over the coordinator's totals."""
+        self._totals.update(totals)
+
     def facts(self, now: float) -> dict[str, Fact]:
         """Return everything known."""
         elapsed = now - self._started if self._started is not None else 0.0

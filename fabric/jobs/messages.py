@@ -230,11 +230,17 @@ class Inquire(msgspec.Struct, frozen=True, tag="inquire"):
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """The coordinator lives, and the generation's current round is ``round``."""
+    """The coordinator lives, and the generation's current round is ``round``.
+
+    ``missing`` names lost electors while it has no majority, and must pause. ``facts``
+    are the job's totals, so that a successor goes on counting.
+    """
 
     job: Job
     counter: Count
     round: Count
+    missing: Peers = ()
+    facts: FactDict = {}
 
 
 class Standing(msgspec.Struct, frozen=True, tag="standing"):

@@ -1,8 +1,8 @@
 """What must reach which peer: the latest message per slot, until it is answered.
 
-A slot is (peer, name), for instance ("...abc", "report"). Putting a message replaces the
-one that waits there, so the outbox is bounded by peers times names, and a peer that was
-cut off gets the newest of each kind, not a history.
+A slot is (peer, name), for instance ("...abc", "report"). Putting a message replaces
+the one that waits there, so the outbox is bounded by peers times names, and a peer that
+was cut off gets the newest of each kind, not a history.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class Outbox:
     def __init__(self, retry_seconds: float) -> None:
         self._retry = retry_seconds
         self._slots: dict[Slot, _Waiting] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits or is in flight."""
+        return not self._slots
 
     def put(self, peer: PeerId, name: str, message: JobMessage, now: float) -> None:
         """Send ``message`` to ``peer``, instead of what waits under ``name``."""

@@ -1,4 +1,4 @@
-"""The acceptor: what one peer has promised about one job, and what it may still promise.
+"""The acceptor: what a peer has promised about a job, and what it may still promise.
 
 Rules. (1) A peer acks each epoch counter at most once, and never one at or below the
 highest it acked or saw committed. (2) What it promised is on disk, with a full sync,

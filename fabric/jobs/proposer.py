@@ -6,9 +6,9 @@
 
 Inquiring binds nobody, so a minority never makes promises that would lock it out of the
 generation it belongs to. The proposal's content comes from the answers, and the acks
-must confirm it: a peer that acked no longer acts in an older epoch, so what its ack says
-it holds is final. When the acks tell another story (a decision arrived in between), or a
-listed participant does not ack, the attempt proposes again with a higher counter.
+must confirm it: a peer that acked no longer acts in an older epoch, so what its ack
+says it holds is final. When the acks tell another story (a decision arrived meanwhile),
+or a listed participant does not ack, it proposes again with a higher counter.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ class Campaign:
         return rendezvous_order(self.base.job.encode(), others)[0]
 
     def on_ack(self, peer: PeerId, ack: Ack, now: float) -> None:
-        """``peer`` promised; acks of an earlier proposal and forged ones are ignored."""
+        """``peer`` promised; acks of earlier proposals and forged ones are ignored."""
         if self.phase is not Phase.PROPOSING or self._target is None:
             return
         try:

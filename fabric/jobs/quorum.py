@@ -12,7 +12,7 @@ A pending electorate X is dead when it cannot have reached a majority of any ele
 it could have followed: for the base and for each other living electorate Y, so many
 members of Y acked *us without listing X* that the rest of Y is no majority.
 
-Why two generations never share one epoch. Let C0, C1, ... Ck be the committed ones below
+Why two generations never share one epoch. Let C0, C1, ... Ck be those committed below
 counter c. The proposer's base is some Ci. C(i+1) was acked by a majority of Ci, which
 meets ours in a peer that lists it, and it is never shown dead, because a majority of Ci
 lists it. So we need a majority of C(i+1) too, and so on up to Ck. Two proposals of one

@@ -2,7 +2,7 @@
 
 A round is decided once per (counter, round), when every live participant holds the same
 full set, or, past the deadline, with the largest set that all live reporters hold. A
-contribution that some reporter lacks is never in it. The deadline follows measured time:
+contribution that some reporter lacks is never in it. Deadlines follow measured time:
 
     slowest tolerated = max(patience, 2 x median time of those who finished)
 

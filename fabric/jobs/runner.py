@@ -21,7 +21,7 @@ far. The jobs service merges them into the job's "bytes_by_link:<from>><to>", bo
 in short form."""
 
 CHECKPOINT_FACT = "checkpoint"
-"""A RunnerProgress with this fact answers :meth:`Runner.save`: the directory written."""
+"""A RunnerProgress with this fact (the directory) answers :meth:`Runner.save`."""
 
 
 class RunnerProgress(msgspec.Struct, frozen=True, tag="progress"):

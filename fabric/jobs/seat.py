@@ -84,6 +84,9 @@ from fabric.jobs.runner import (
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import JobState, JobStatus, Pause, Trigger, advance, is_over
 
+RETRY = ("E_NOT_YET", "E_BUSY", "E_UNKNOWN_JOB")
+"""Refusals that end by themselves: the receiver is about to learn what it lacks."""
+
 MAX_WORKER_FAILURES = 3
 """After so many failed workers this peer no longer asks to take part."""
 
@@ -178,6 +181,11 @@ class Seat:
     def over(self) -> bool:
         """Whether the job ended."""
         return is_over(self.state)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the job ended and everybody who should know was told."""
+        return self.over and self._outbox.empty
 
     @property
     def held(self) -> Held:
@@ -303,7 +311,7 @@ class Seat:
         """Return the answer to ``message``; send it after the effects of a poll."""
         self._liveness.heard(sender, now)
         if self.over and not isinstance(message, Finished | Done):
-            return self.acceptor.refuse("E_OVER", f"the job is {self.state.value}")
+            return self._finished()
         match message:
             case Propose():
                 return self._on_propose(message, now)
@@ -382,7 +390,8 @@ class Seat:
         refusal = self._from_coordinator(sender, beat.counter, now)
         if refusal is not None and refusal.code == "E_STALE":
             return refusal
-        self._blocked = None
+        self.ledger.adopt(beat.facts)
+        self._blocked = no_quorum(beat.missing) if beat.missing else None
         if self._resumed and self._joins:
             self._join_due = min(self._join_due, now)
         return self._standing(beat.counter, now)
@@ -452,10 +461,12 @@ class Seat:
         self._liveness.heard(peer, now)
         if isinstance(reply, Standing | Nack):
             self._note_promise(peer, reply)
+        elif isinstance(reply, Finished):
+            self._adopt_end(JobState(reply.state), reply.reason)
         if isinstance(request, Inquire | Propose):
             self._campaign_reply(peer, request, reply, now)
             return
-        retry = isinstance(reply, Nack) and reply.code in ("E_NOT_YET", "E_BUSY")
+        retry = isinstance(reply, Nack) and reply.code in RETRY
         if retry:
             self._outbox.failed(peer, request, now)
         else:
@@ -730,16 +741,25 @@ class Seat:
         return frozenset(self.committed.participants) - lost
 
     def _quorum_pause(self, now: float) -> Pause | None:
-        group = electors(self.committed)
-        lost = self._liveness.lost(now)
-        if has_majority(group, group - lost):
-            return None
-        return no_quorum(tuple(sorted(lost)))
+        missing = self._missing(now)
+        return no_quorum(missing) if missing else None
+
+    def _missing(self, now: float) -> tuple[PeerId, ...]:
+        """Return the lost electors, if those we hear are no majority."""
+        group, lost = electors(self.committed), self._liveness.lost(now)
+        return () if has_majority(group, group - lost) else tuple(sorted(lost))
 
     def _coordinate_tick(self, role: Coordinator, now: float) -> None:
         if now >= self._beat_due and not role.genesis:
             self._beat_due = now + self._patience / 4
-            beat = Beat(self.job, self.committed.counter, role.table.round)
+            missing = self._missing(now)
+            beat = Beat(
+                self.job,
+                self.committed.counter,
+                role.table.round,
+                missing,
+                self.ledger.totals(),
+            )
             for peer in electors(self.committed) - {self.me}:
                 self._outbox.put(peer, "beat", beat, now)
         live = self._live(now)
@@ -761,7 +781,6 @@ class Seat:
             self._record("round", self.me, self.ledger.closed(closed))
             for peer in self.committed.participants:
                 self._outbox.put(peer, "decision", decision, now)
-            self._effects.append(Publish())
         elif role.finished(live - role.broken):
             self._complete(role, live - role.broken, now)
 
@@ -798,9 +817,12 @@ class Seat:
         self._outbox.clear()
         self._adopt_end(state, reason)
         self._effects.append(Publish())
-        finished = Finished(self.job, self.committed.counter, state.value, reason[:500])
         for peer in sorted(tell - {self.me}):
-            self._outbox.put(peer, "finished", finished, now)
+            self._outbox.put(peer, "finished", self._finished(), now)
+
+    def _finished(self) -> Finished:
+        counter, state = self.committed.counter, self.state.value
+        return Finished(self.job, counter, state, self.reason[:500])
 
     def _adopt_end(self, state: JobState, reason: str) -> None:
         if self.over or not is_over(state):

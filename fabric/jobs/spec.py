@@ -6,16 +6,24 @@ the BLAKE3 of its encoded spec, so the same spec with the same nonce is the same
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
 from fabric.core.codec import Codec
 from fabric.core.digest import hex_digest
+from fabric.core.errors import ConfigError
 from fabric.core.ids import JobId
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
+
+MAX_PEERS = 256
+"""Participants that one coordinator serves."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,3 +130,142 @@ CODEC: Codec[JobSpec] = Codec(JobSpec, max_bytes=4096)
 def job_id(spec: JobSpec) -> JobId:
     """Return the id of ``spec``: BLAKE3 of its deterministic encoding."""
     return JobId(hex_digest(CODEC.encode(spec)))
+
+
+def load_spec(path: Path, overrides: Mapping[str, object] | None = None) -> JobSpec:
+    """Return the spec in the TOML file ``path``, with ``overrides`` on top.
+
+    Args:
+        path: The file.
+        overrides: Dotted key ("train.outer.rounds") to value; a string is taken as
+            TOML would read it where the field is not a string.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, a value has the wrong
+            type or range, or the combination is impossible.
+    """
+    try:
+        with path.open("rb") as file:
+            tree = tomllib.load(file)
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    for key, value in (overrides or {}).items():
+        _set(tree, key.split("."), value)
+    return spec_of(tree, str(path))
+
+
+def spec_of(tree: Mapping[str, object], origin: str) -> JobSpec:
+    """Return the spec that ``tree`` describes; ``origin`` names it in errors.
+
+    Raises:
+        ConfigError: as :func:`load_spec`.
+    """
+    _check_keys(JobSpec, tree, "")
+    try:
+        spec = msgspec.convert(tree, JobSpec)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{origin}: {exc}") from exc
+    check_spec(spec)
+    return spec
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Refuse combinations that cannot work, with the rule.
+
+    Raises:
+        ConfigError: the first rule that ``spec`` breaks.
+    """
+    for broken, rule, next_step in _rules(spec):
+        if broken:
+            raise ConfigError(rule, next_step=next_step)
+    size = len(CODEC.encode(spec))
+    if size > CODEC.max_bytes:
+        reason = f"the spec takes {size} B > {CODEC.max_bytes} B"
+        raise ConfigError(reason, next_step="name large inputs by their blob root")
+
+
+def _rules(spec: JobSpec) -> Iterator[tuple[bool, str, str]]:
+    model, require = spec.model, spec.require
+    yield (
+        model.hidden_size % model.num_heads != 0,
+        f"model.hidden_size {model.hidden_size} is not a multiple of "
+        f"model.num_heads {model.num_heads}",
+        "change one of the two",
+    )
+    yield (
+        model.num_heads % model.num_kv_heads != 0,
+        f"model.num_heads {model.num_heads} is not a multiple of "
+        f"model.num_kv_heads {model.num_kv_heads}",
+        "change one of the two",
+    )
+    yield (
+        (model.hidden_size // model.num_heads) % 2 != 0,
+        "model.hidden_size / model.num_heads is odd: rotary embedding needs pairs",
+        "change one of the two",
+    )
+    yield (
+        require.min_peers > require.max_peers,
+        f"require.min_peers {require.min_peers} > "
+        f"require.max_peers {require.max_peers}",
+        "lower require.min_peers",
+    )
+    yield (
+        require.max_peers > MAX_PEERS,
+        f"require.max_peers {require.max_peers} > {MAX_PEERS}",
+        "split the run, or wait for hierarchical coordinators",
+    )
+    serve = spec.kind == "serve"
+    yield (
+        serve and not spec.serve.checkpoint,
+        "a serve job needs serve.checkpoint",
+        "fabric content ls names the roots you hold",
+    )
+    yield (
+        serve and spec.serve.stages > require.max_peers,
+        f"serve.stages {spec.serve.stages} > require.max_peers {require.max_peers}",
+        "each stage is a peer: raise require.max_peers",
+    )
+
+
+def _set(tree: dict[str, Any], path: list[str], value: object) -> None:
+    """Put ``value`` at ``path``; where its field is no string, parse a string."""
+    kind: object = JobSpec
+    for part in path[:-1]:
+        kind = _fields(kind).get(part)
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(path)}: {part} is a value, not a section")
+    leaf = _fields(kind).get(path[-1])
+    if isinstance(value, str) and _plain(leaf) in (int, float):
+        try:
+            value = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            reason = f"{'.'.join(path)}: {value!r} is not a number"
+            raise ConfigError(reason) from None
+    tree[path[-1]] = value
+
+
+def _fields(kind: object) -> dict[str, object]:
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return {}
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _plain(kind: object) -> object:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _check_keys(kind: object, tree: Mapping[str, object], path: str) -> None:
+    """Refuse the first key that ``kind`` lacks, with the nearest name."""
+    fields = _fields(kind)
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            raise ConfigError(
+                f"unknown key {path}{key}",
+                next_step=f"did you mean {path}{near[0]}?" if near else "",
+            )
+        if isinstance(value, dict):
+            _check_keys(fields[key], value, f"{path}{key}.")

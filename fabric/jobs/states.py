@@ -1,7 +1,8 @@
 """The state of a job, as a table.
 
-    queued -> running -> done | failed | cancelled
-       \\________________/\\____^
+    queued -> running -> done
+       |         |-----> failed
+       +---------+-----> failed, cancelled
 
 A status is replicated by several writers, so states form a lattice: merging takes the
 higher rank. Terminal states do not leave each other; between two of them the rank

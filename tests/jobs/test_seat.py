@@ -66,7 +66,7 @@ def test_a_minority_pauses_and_resumes_after_the_heal(make_net):
     decided = len(net.decisions)
     net.run(10)
     assert len(net.decisions) == decided, "nobody has a majority of four"
-    for i in range(4):
+    for i in range(4):  # three have no majority, one hears it from its coordinator
         pause = net.seats[net.ids[i]].pause(net.now)
         assert pause is not None
         assert pause.code == "no_quorum"

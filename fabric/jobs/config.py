@@ -1,0 +1,20 @@
+"""Bounds and periods of the jobs service."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many jobs a daemon serves, and how long it waits for its own disk."""
+
+    max_jobs: int = 64
+    """Jobs with a task of their own; further specs wait until one ends."""
+    log_events: int = 1000
+    """Events kept per job, in RAM; the oldest are dropped."""
+    save_timeout_seconds: float = 600.0
+    """Longest a worker may take to write a checkpoint."""
+    status_period_seconds: float = 60.0
+    """Shortest time between two status slots of one job that only change numbers."""
+    refresh_seconds: float = 5.0
+    """Replicated specs are looked through at least this often."""

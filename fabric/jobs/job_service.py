@@ -1,0 +1,373 @@
+"""One job on this peer: the task that owns its seat, its runner and its event log.
+
+All that concerns the seat passes through one bounded inbox, so it has one writer.
+After each input: poll the seat, perform the effects in order (a promise is on disk
+before anything else), then let the answers out and start the sends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from fabric.core.errors import (
+    FabricError,
+    RemoteProtocolError,
+    ResourceExhausted,
+    Unavailable,
+)
+from fabric.core.ids import PeerId, short
+from fabric.core.telemetry import PROTOCOL_ERRORS, Counters
+from fabric.jobs.config import JobsConfig
+from fabric.jobs.effects import (
+    Apply,
+    Decide,
+    Diverged,
+    Effect,
+    Ended,
+    Persist,
+    Publish,
+    Recorded,
+    Retire,
+    SaveState,
+)
+from fabric.jobs.event_log import EventLog
+from fabric.jobs.messages import CODEC, Generation, JobMessage
+from fabric.jobs.ports import JobStore, OnCheckpoint
+from fabric.jobs.promises import RECORD
+from fabric.jobs.runner import RunnerEvent, RunnerFailed
+from fabric.jobs.runner_service import Command, RunnerHost
+from fabric.jobs.seat import Seat
+from fabric.jobs.states import JobStatus
+from fabric.net.rpc_api import Rpc
+
+logger = logging.getLogger(__name__)
+
+METHOD = "jobs.message"
+INTEGRITY_ERRORS = "integrity_errors_total"
+"""Participants that held another state than the rest, labelled by package."""
+
+INBOX = 256
+"""Inputs waiting for the seat. Senders wait for room; the seat takes microseconds."""
+
+
+@dataclass
+class Asked:
+    """A peer's message and where its answer goes."""
+
+    sender: PeerId
+    message: JobMessage
+    answered: trio.Event = field(default_factory=trio.Event)
+    answer: JobMessage | None = None
+
+
+@dataclass(frozen=True)
+class Replied:
+    """The end of one of our calls; ``reply`` is None when it failed."""
+
+    peer: PeerId
+    request: JobMessage
+    reply: JobMessage | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Something our own daemon wants of the seat."""
+
+    act: Callable[[Seat, float], None]
+    done: trio.Event
+
+
+Input = Asked | Replied | Order | RunnerEvent
+
+
+class JobTask:
+    """Run one job on this peer until it ended and everybody was told.
+
+    Args:
+        seat: This peer's seat; nobody else touches it.
+        open_host: Makes the runner's host, given where its events go; None when this
+            peer cannot run this kind.
+        rpc: Calls to peers.
+        store: Where promises, statuses and assignments go.
+        scratch: Directory of this job on this peer.
+        on_checkpoint: Takes a written checkpoint.
+        config: Bounds.
+        wall_clock: Seconds since 1970, for event times.
+        counters: Where faults are counted.
+    """
+
+    def __init__(
+        self,
+        seat: Seat,
+        make_host: Callable[[JobTask], RunnerHost] | None,
+        *,
+        rpc: Rpc,
+        store: JobStore,
+        scratch: Path,
+        on_checkpoint: OnCheckpoint,
+        config: JobsConfig,
+        wall_clock: Callable[[], float],
+        counters: Counters,
+    ) -> None:
+        self.seat = seat
+        self.log = EventLog(config.log_events)
+        self.ended = False
+        self.fault: FabricError | None = None
+        self._host = make_host(self) if make_host is not None else None
+        self._rpc, self._store, self._scratch = rpc, store, scratch
+        self._on_checkpoint, self._config = on_checkpoint, config
+        self._wall_clock, self._counters = wall_clock, counters
+        self._send_input, self._inputs = trio.open_memory_channel[Input](INBOX)
+        self._waiting: list[Asked | Order] = []
+        self._published: JobStatus | None = None
+        self._published_at = 0.0
+        # 64: statuses are written far less often than this drains
+        self._to_publish: deque[Publish] = deque(maxlen=64)
+        self._publish_wanted = trio.Event()
+
+    # -- for others
+
+    async def ask(self, sender: PeerId, message: JobMessage) -> JobMessage:
+        """Return the answer to a peer's message."""
+        if self.ended and self.seat.over:
+            return self.seat.receive(sender, message, trio.current_time())
+        asked = Asked(sender, message)
+        await self._put(asked)
+        await asked.answered.wait()
+        if asked.answer is None:
+            raise Unavailable("this job has stopped here")
+        return asked.answer
+
+    async def order(self, act: Callable[[Seat, float], None]) -> None:
+        """Have ``act`` done to the seat by its owner."""
+        if self.ended:
+            return
+        order = Order(act, trio.Event())
+        await self._put(order)
+        await order.done.wait()
+
+    async def emit(self, event: RunnerEvent) -> None:
+        """Hand an event of our runner to the seat."""
+        await self._put(event)
+
+    async def _put(self, item: Input) -> None:
+        try:
+            await self._send_input.send(item)
+        except trio.BrokenResourceError:
+            raise Unavailable("this job has stopped here") from None
+
+    # -- the owner
+
+    async def run(self) -> None:
+        """Own the seat until the job is over and told, or our disk refuses."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._publish)
+                await self._serve(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            self.ended = True
+            self._release(answer=False)
+            self._drop_inputs()
+            if self._host is not None:
+                self._host.close()
+
+    def _drop_inputs(self) -> None:
+        while True:
+            try:
+                item = self._inputs.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                break
+            if isinstance(item, Asked):
+                item.answered.set()
+            elif isinstance(item, Order):
+                item.done.set()
+        self._inputs.close()
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        patience = self.seat.spec.fault.patience_seconds
+        give_up = float("inf")
+        while not self.seat.idle and trio.current_time() < give_up:
+            if not await self._turn(nursery):
+                return
+            if self.seat.over:
+                give_up = min(give_up, trio.current_time() + 4 * patience)
+            now = trio.current_time()
+            with trio.move_on_at(self.seat.next_timeout(now)):
+                self._take(await self._inputs.receive())
+            for _ in range(INBOX):
+                try:
+                    self._take(self._inputs.receive_nowait())
+                except trio.WouldBlock:
+                    break
+        await self._turn(nursery)
+        await self._write_status(None)
+
+    def _take(self, item: Input) -> None:
+        now = trio.current_time()
+        match item:
+            case Asked():
+                self._take_question(item, now)
+            case Replied(peer, request, None):
+                self.seat.failed(peer, request, now)
+            case Replied(peer, request, reply):
+                assert reply is not None
+                self.seat.replied(peer, request, reply, now)
+            case Order():
+                item.act(self.seat, now)
+                self._waiting.append(item)
+            case _:
+                self.seat.event(item, now)
+
+    def _take_question(self, asked: Asked, now: float) -> None:
+        self._waiting.append(asked)
+        try:
+            asked.answer = self.seat.receive(asked.sender, asked.message, now)
+        except RemoteProtocolError:
+            self._counters.add(PROTOCOL_ERRORS, label="jobs")
+
+    async def _turn(self, nursery: trio.Nursery) -> bool:
+        """Poll, perform, answer, send; False when we can no longer keep promises."""
+        outputs = self.seat.poll(trio.current_time())
+        try:
+            for effect in outputs.effects:
+                await self._perform(effect, nursery)
+        except FabricError as exc:
+            # nothing of this turn leaves: what was promised is not on disk
+            logger.exception("job.stopped_here job=%s", self.seat.job[:8])
+            self.fault = exc
+            return False
+        self._release(answer=True)
+        for peer, message in outputs.sends:
+            nursery.start_soon(self._call, peer, message)
+        return True
+
+    def _release(self, *, answer: bool) -> None:
+        for item in self._waiting:
+            if isinstance(item, Asked):
+                item.answer = item.answer if answer else None
+                item.answered.set()
+            else:
+                item.done.set()
+        self._waiting.clear()
+
+    async def _perform(self, effect: Effect, nursery: trio.Nursery) -> None:
+        match effect:
+            case Persist(record):
+                blob = RECORD.encode(record)
+                await self._store.save_promise(self.seat.job, record.promised, blob)
+            case Apply(generation):
+                self._command(generation, nursery)
+            case Decide(decision):
+                self._command(decision, nursery)
+            case Retire():
+                if self._host is not None:
+                    self._host.close()
+            case SaveState(at):
+                nursery.start_soon(self._save, at, nursery)
+            case _:
+                self._note(effect)
+
+    def _note(self, effect: Publish | Recorded | Diverged | Ended) -> None:
+        match effect:
+            case Publish():
+                self._to_publish.append(effect)
+                self._publish_wanted.set()
+            case Recorded(kind, peer, facts):
+                self._record(kind, peer, facts)
+            case Diverged(num_peers):
+                self._counters.add(INTEGRITY_ERRORS, num_peers, label="jobs")
+            case Ended(state):
+                logger.info("job.ended job=%s %s", self.seat.job[:8], state.value)
+
+    def _command(self, command: Command, nursery: trio.Nursery) -> None:
+        if self._host is None:
+            kind = self.seat.spec.kind
+            self._report_failure("E_NO_RUNNER", f"this peer cannot run {kind} jobs")
+            return
+        try:
+            self._host.send(command, nursery)
+        except ResourceExhausted as exc:
+            self._report_failure("E_WORKER_STUCK", exc.reason)
+
+    def _report_failure(self, code: str, reason: str) -> None:
+        self.seat.event(RunnerFailed(code, reason), trio.current_time())
+
+    def _record(
+        self,
+        kind: str,
+        peer: PeerId | None,
+        facts: dict[str, str | int | float | bool],
+    ) -> None:
+        counter = self.seat.committed.counter
+        self.log.add(counter, self._wall_clock(), kind, peer or "", facts)
+        logger.info("job.%s job=%s %s", kind, self.seat.job[:8], facts)
+
+    async def _call(self, peer: PeerId, message: JobMessage) -> None:
+        reply: JobMessage | None = None
+        try:
+            with trio.fail_after(self.seat.spec.fault.patience_seconds / 2):
+                raw = await self._rpc.call(peer, METHOD, CODEC.encode(message))
+            reply = CODEC.decode_untrusted(raw)
+        except RemoteProtocolError:
+            self._counters.add(PROTOCOL_ERRORS, label="jobs")
+        except (FabricError, trio.TooSlowError) as exc:
+            logger.debug("job.call peer=%s %r", short(peer), exc)
+        await self._send_input.send(Replied(peer, message, reply))
+
+    # -- checkpoint
+
+    async def _save(self, at: int, nursery: trio.Nursery) -> None:
+        root, reason = "", ""
+        directory = self._scratch / "checkpoints" / f"step-{at}"
+        try:
+            with trio.fail_after(self._config.save_timeout_seconds):
+                if self._host is None:
+                    raise Unavailable("no worker of this job runs here")
+                await self._host.save(directory, nursery)
+                root = await self._on_checkpoint(self.seat.job, directory, at)
+        except FabricError as exc:
+            reason = f"{exc.code}: {exc.reason}"
+        except trio.TooSlowError:
+            reason = f"no checkpoint in {self._config.save_timeout_seconds:.0f} s"
+        act_at = (root, reason)
+        await self.order(lambda seat, now: seat.saved(*act_at, now))
+
+    # -- replicated status
+
+    async def _publish(self) -> None:
+        """Write what the coordinator knows to its slots, at a gentle rate."""
+        while True:
+            with trio.move_on_after(self._config.status_period_seconds):
+                await self._publish_wanted.wait()
+            self._publish_wanted = trio.Event()
+            while self._to_publish:
+                await self._write_status(self._to_publish.popleft().generation)
+            if self.seat.coordinates:
+                await self._write_status(None)
+
+    async def _write_status(self, generation: Generation | None) -> None:
+        seat, now = self.seat, trio.current_time()
+        if seat.committed.coordinator != seat.me:
+            return
+        status = seat.status(now)
+        if generation is None and status == self._published:
+            return
+        self._published = status
+        try:
+            if generation is not None:
+                await self._store.put_assignment(
+                    seat.job,
+                    generation.counter,
+                    generation.coordinator,
+                    len(generation.participants),
+                )
+            await self._store.put_status(seat.job, status)
+        except FabricError as exc:
+            logger.warning("job.status job=%s %s", seat.job[:8], exc.reason)

@@ -1,0 +1,87 @@
+"""What the jobs service needs from the node: Protocols that ``fabric.app`` fills."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from fabric.core.ids import JobId, PeerId
+from fabric.jobs.states import JobStatus
+
+
+class JobStore(Protocol):
+    """Replicated specs, statuses and assignments, and this peer's own promises."""
+
+    def specs(self) -> Mapping[JobId, bytes]:
+        """Return every known spec, encoded; its key is its hash."""
+        ...
+
+    def status(self, job: JobId) -> JobStatus | None:
+        """Return the status that all authorised writers amount to."""
+        ...
+
+    def coordinator(self, job: JobId) -> PeerId | None:
+        """Return the coordinator of the newest published assignment: a hint."""
+        ...
+
+    async def put_spec(self, job: JobId, spec: bytes) -> None:
+        """Publish a spec."""
+        ...
+
+    async def put_status(self, job: JobId, status: JobStatus) -> None:
+        """Publish how ``job`` stands."""
+        ...
+
+    async def put_assignment(
+        self, job: JobId, counter: int, coordinator: PeerId, participants: int
+    ) -> None:
+        """Publish who coordinates generation ``counter`` of ``job``."""
+        ...
+
+    def promise(self, job: JobId) -> bytes | None:
+        """Return what :meth:`save_promise` stored last."""
+        ...
+
+    async def save_promise(self, job: JobId, counter: int, blob: bytes) -> None:
+        """Return when ``blob`` is on disk with a full sync.
+
+        Raises:
+            ResourceExhausted: the disk is full; nothing was stored.
+        """
+        ...
+
+    async def changed(self) -> None:
+        """Return once something changed since the last return."""
+        ...
+
+
+class MemberFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides whether a member may take part in a job."""
+
+    memory_bytes: int = 0
+    """Free memory it announced."""
+    trust: str = "member"
+    """"member" or "software"."""
+
+
+class Members(Protocol):
+    """Who is in the mesh now, ourselves included."""
+
+    def __call__(self) -> Mapping[PeerId, MemberFacts]:
+        """Return the members that are believed to be there."""
+        ...
+
+
+class OnCheckpoint(Protocol):
+    """Takes a finished checkpoint directory."""
+
+    async def __call__(self, job: JobId, directory: Path, round: int) -> str:
+        """Add it to the content store, announce it, write the head; return its root.
+
+        Raises:
+            FabricError: it does not verify, or there is no room for it.
+        """
+        ...
