@@ -329,7 +329,7 @@ def spec(rounds=5, min_peers=4):
 
 
 @pytest.fixture
-async def mesh(autojump_clock, tmp_path):
+async def mesh(tmp_path):
     async with trio.open_nursery() as nursery:
         mesh = Mesh(nursery, tmp_path)
         for index in range(4):
@@ -338,7 +338,7 @@ async def mesh(autojump_clock, tmp_path):
         nursery.cancel_scope.cancel()
 
 
-async def test_a_job_runs_to_its_checkpoint(mesh):
+async def test_a_job_runs_to_its_checkpoint(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec())
     await mesh.until(lambda: mesh.views() and mesh.all_are("done"))
     mesh.check_equal(job)
@@ -357,7 +357,7 @@ async def test_a_job_runs_to_its_checkpoint(mesh):
     assert await mesh.services[2].events(job, since=events[-1].seq) == []
 
 
-async def test_a_killed_participant_does_not_stop_the_others(mesh):
+async def test_a_killed_participant_does_not_stop_the_others(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec())
     await mesh.until(mesh.decided(2))
     mesh.kill(2)
@@ -366,7 +366,7 @@ async def test_a_killed_participant_does_not_stop_the_others(mesh):
     assert mesh.ids[2] not in mesh.last_participants()
 
 
-async def test_a_killed_coordinator_is_succeeded(mesh):
+async def test_a_killed_coordinator_is_succeeded(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec())
     await mesh.until(mesh.decided(2))
     before = await mesh.services[1].events(job)
@@ -378,7 +378,7 @@ async def test_a_killed_coordinator_is_succeeded(mesh):
     assert mesh.views()[1].facts["tokens"] >= 5 * 3 * 100
 
 
-async def test_a_newcomer_takes_part_from_a_later_round_on(mesh):
+async def test_a_newcomer_takes_part_from_a_later_round_on(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec(rounds=8))
     await mesh.until(mesh.decided(2))
     await mesh.start(4)
@@ -387,7 +387,7 @@ async def test_a_newcomer_takes_part_from_a_later_round_on(mesh):
     assert mesh.ids[4] in mesh.last_participants()
 
 
-async def test_halves_pause_and_resume_after_the_heal(mesh):
+async def test_halves_pause_and_resume_after_the_heal(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec(rounds=6))
     await mesh.until(mesh.decided(2))
     ids = mesh.ids
@@ -402,7 +402,7 @@ async def test_halves_pause_and_resume_after_the_heal(mesh):
     mesh.check_equal(job)
 
 
-async def test_a_killed_peer_comes_back_and_ends_with_the_rest(mesh):
+async def test_a_killed_peer_comes_back_and_ends_with_the_rest(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec(rounds=8))
     await mesh.until(mesh.decided(2))
     mesh.kill(1)
@@ -412,7 +412,7 @@ async def test_a_killed_peer_comes_back_and_ends_with_the_rest(mesh):
     mesh.check_equal(job)
 
 
-async def test_a_failed_worker_is_replaced_and_nobody_else_stops(mesh):
+async def test_a_failed_worker_is_replaced_and_nobody_else_stops(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec(rounds=8))
     await mesh.until(mesh.decided(2))
     await mesh.world.runners[mesh.ids[3]].send.send(
@@ -424,14 +424,14 @@ async def test_a_failed_worker_is_replaced_and_nobody_else_stops(mesh):
     assert "worker_failed" in kinds
 
 
-async def test_stop_from_a_member_that_does_not_coordinate(mesh):
+async def test_stop_from_a_member_that_does_not_coordinate(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec())
     await mesh.until(mesh.decided(1))
     await mesh.services[3].stop(job)
     await mesh.until(lambda: mesh.all_are("cancelled"))
 
 
-async def test_a_full_disk_stops_this_peer_only(mesh):
+async def test_a_full_disk_stops_this_peer_only(autojump_clock, mesh):
     mesh.stores[3].full = True
     job = await mesh.services[0].submit(spec(min_peers=3))
     await mesh.until(
@@ -444,7 +444,7 @@ async def test_a_full_disk_stops_this_peer_only(mesh):
     assert "disk" in why.reason
 
 
-async def test_a_job_that_waits_says_for_what(mesh):
+async def test_a_job_that_waits_says_for_what(autojump_clock, mesh):
     mesh.kill(3)
     mesh.members[mesh.ids[3]] = MemberFacts(
         memory_bytes=1 << 30
@@ -456,7 +456,7 @@ async def test_a_job_that_waits_says_for_what(mesh):
     assert (why.code, why.reason) == ("waiting_for_peers", "3 of 4 peers are there")
 
 
-async def test_what_the_mesh_lacks_is_said_at_submit(mesh):
+async def test_what_the_mesh_lacks_is_said_at_submit(autojump_clock, mesh):
     with pytest.raises(
         ResourceExhausted, match="needs 9 peers, the mesh has 4"
     ) as caught:
