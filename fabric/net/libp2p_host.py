@@ -2,65 +2,54 @@
 
 What is ours and why: the dialer (py-libp2p tries one address per transport, waits
 250 ms after each success and blacklists a failed peer for 60 s), the muxer, the Noise
-session and the listener (see their modules), and the *inbound stream boundary*: the one
-place that runs handlers, asks the Gate before a protocol is agreed on, and keeps a
-handler's error from ending the host.
+session, the listener and the boundary of inbound streams; each has a module of its own,
+named ``libp2p_*``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
-from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
-from libp2p.network.auto_connector import AutoConnector
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
 from fabric.core.errors import (
-    FabricError,
     PeerTimeout,
     RemoteRefused,
     Unavailable,
 )
 from fabric.core.ids import PeerId, public_key_of, short
 from fabric.core.signing import Ed25519Signer
-from fabric.core.telemetry import BUGS, DROPPED, PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.core.telemetry import DROPPED, Counters
 from fabric.net.config import HostConfig
 from fabric.net.host import PeerConnected, PeerDisconnected, PeerEvent, StreamHandler
 from fabric.net.libp2p_dialer import dial
-from fabric.net.libp2p_muxer import FabricMuxer, MuxerLimits
-from fabric.net.libp2p_noise import FabricNoise
+from fabric.net.libp2p_inbound import OWN_PREFIX, InboundStreams
+from fabric.net.libp2p_muxer import FabricMuxer
 from fabric.net.libp2p_stream import Libp2pStream, reset
-from fabric.net.libp2p_transport import FabricUpgrader, bind
+from fabric.net.libp2p_swarm import build
+from fabric.net.libp2p_transport import bind
 from fabric.net.ports import Gate
 from fabric.net.tasks import collapse_group
 
 log = logging.getLogger(__name__)
 
-OWN_PREFIX = "/fabric/"
-"""Protocols with this prefix are ours: the Gate is asked before one is agreed on."""
 EVENT_ROOM = 256
 """Events a slow listener may lag behind; a peer makes two per connection."""
-MAX_PROPOSALS = 8
-"""Protocols a peer may propose on one stream before it is reset."""
 CLOSE_SECONDS = 5.0
 """Grace for an orderly end of the host."""
-_NEVER_SECONDS = 1e9
-
-_RawHandler = Callable[[INetStream], Awaitable[None]]
+_NEVER_SECONDS = 10**9
 
 
 class Libp2pHost:
@@ -89,7 +78,8 @@ class Libp2pHost:
         self._client = MultiselectClient()
         self._live: set[PeerId] = set()
         self._listeners: list[trio.MemorySendChannel[PeerEvent]] = []
-        swarm.set_stream_handler(self._serve)
+        inbound = InboundStreams(basic, gate, counters, config.negotiate_seconds)
+        swarm.set_stream_handler(inbound.serve)
         swarm.register_notifee(_Notifee(self))
 
     @property
@@ -220,62 +210,6 @@ class Libp2pHost:
         connections = self._swarm.get_connections(ID.from_base58(peer))
         return [connection for connection in connections if _is_live(connection)]
 
-    # inbound streams
-
-    async def _serve(self, stream: INetStream) -> None:
-        """Agree on a protocol and run its handler; no error leaves."""
-        peer = PeerId(str(stream.muxed_conn.peer_id))
-        try:
-            with trio.fail_after(self._config.negotiate_seconds):
-                handler = await self._negotiate(peer, stream)
-            if handler is not None:
-                await handler(stream)
-                stream.muxed_stream.finish_now()
-                return
-        except (
-            BaseLibp2pError,
-            UnicodeDecodeError,
-            trio.BrokenResourceError,
-            trio.ClosedResourceError,
-            trio.TooSlowError,
-        ) as exc:
-            log.debug("stream.broke peer=%s error=%r", short(peer), exc)
-        except FabricError as exc:
-            self.counters.add(PROTOCOL_ERRORS, label=exc.code)
-            log.debug("stream.failed peer=%s code=%s", short(peer), exc.code)
-        except Exception:
-            # the one boundary of handlers: a bug of ours must not end the host
-            self.counters.add(BUGS)
-            log.exception("stream.bug peer=%s", short(peer))
-        reset(stream)
-
-    async def _negotiate(self, peer: PeerId, stream: INetStream) -> _RawHandler | None:
-        """Return the handler of the first protocol we serve to ``peer``, or None."""
-        public_key_of(peer)
-        mux = self.basic.get_mux()
-        channel = MultiselectCommunicator(stream)
-        await mux.handshake(channel)
-        for _ in range(MAX_PROPOSALS):
-            name = await channel.read()
-            handler: _RawHandler | None = mux.handlers.get(TProtocol(name))
-            if handler is None:
-                await channel.write("na")
-                continue
-            if not self._admits(peer, name):
-                return None
-            await channel.write(name)
-            stream.set_protocol(TProtocol(name))
-            return handler
-        return None
-
-    def _admits(self, peer: PeerId, protocol: str) -> bool:
-        if not protocol.startswith(OWN_PREFIX):
-            return True
-        decision = self.gate.allows(peer, protocol)
-        if not decision.allowed:
-            self.counters.add(REFUSALS, label=decision.code or "E_REFUSED")
-        return decision.allowed
-
     # connection events
 
     def note_connected(self, peer: PeerId) -> None:
@@ -335,16 +269,6 @@ class _Notifee(INotifee):
         pass
 
 
-class _NoAutoConnector(AutoConnector):
-    """Dials nobody: whom to connect with is decided above the host."""
-
-    async def run_background_task(self, nursery: trio.Nursery) -> None:
-        pass
-
-    async def maybe_connect(self) -> None:
-        pass
-
-
 def _is_live(connection: INetConn) -> bool:
     return not (connection.is_closed or connection.muxed_conn.is_closed)
 
@@ -359,32 +283,7 @@ async def open_host(
         ConfigError: a listening address is malformed or taken.
     """
     listen, tcp = await bind(config.listen)
-    key_pair = create_new_key_pair(signer.seed)
-    peer_id = ID.from_pubkey(key_pair.public_key)
-    peerstore = PeerStore()
-    peerstore.add_key_pair(peer_id, key_pair)
-    limits = MuxerLimits(
-        window_bytes=config.window_bytes,
-        max_streams=config.max_streams,
-        stall_seconds=config.stall_seconds,
-        keepalive_seconds=config.keepalive_seconds,
-        dead_after_seconds=config.dead_after_seconds,
-    )
-    swarm = Swarm(
-        peer_id,
-        peerstore,
-        FabricUpgrader(FabricNoise(key_pair), limits, config.negotiate_seconds),
-        transports=[tcp],
-        retry_config=RetryConfig(max_retries=0),
-        connection_config=_connection_config(config),
-    )
-    swarm.auto_connector = _NoAutoConnector(swarm)
-    basic = BasicHost(
-        network=swarm,
-        negotiate_timeout=config.negotiate_seconds,
-        announce_addrs=[Multiaddr(addr) for addr in config.announce] or None,
-        disable_identify_address_discovery=True,
-    )
+    basic, swarm = build(config, signer.seed, tcp)
     host = Libp2pHost(config, basic, swarm, gate, counters)
     with collapse_group():
         try:
@@ -397,19 +296,3 @@ async def open_host(
                             await host.aclose()
         finally:
             await tcp.aclose()
-
-
-def _connection_config(config: HostConfig) -> ConnectionConfig:
-    """Return py-libp2p's settings: no dials of its own, no periodic work."""
-    return ConnectionConfig(
-        max_connections=config.max_connections,
-        min_connections=0,
-        low_watermark=0,
-        high_watermark=config.max_connections,
-        auto_connect_interval=_NEVER_SECONDS,
-        dial_timeout=config.dial_seconds,
-        inbound_upgrade_timeout=config.upgrade_seconds,
-        outbound_upgrade_timeout=config.upgrade_seconds,
-        outbound_stream_protocol_negotiation_timeout=config.negotiate_seconds,
-        inbound_stream_protocol_negotiation_timeout=config.negotiate_seconds,
-    )
