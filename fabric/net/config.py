@@ -52,6 +52,7 @@ class GossipConfig(
         max_messages_per_second: One neighbour may forward this many; the rest is
             dropped and counted. Two seconds' worth may come at once.
         subscriber_messages: Room of one subscriber's channel; overflow is dropped.
+        repair_seconds: A connected peer without a gossip stream gets one this often.
     """
 
     degree: int = 6
@@ -60,6 +61,7 @@ class GossipConfig(
     heartbeat_seconds: int = 1
     max_messages_per_second: float = 200.0
     subscriber_messages: int = 256
+    repair_seconds: float = 5.0
 
 
 class RoutingConfig(

@@ -89,6 +89,25 @@ class Libp2pBroadcast:
         self._subscribers.setdefault(topic, []).append(send)
         return receive
 
+    async def keep_streams(self) -> None:
+        """Give every connected peer a gossip stream.
+
+        py-libp2p opens one when a peer connects and gives up if the peer does not serve
+        gossip *yet*; and it knows nothing of peers that connected before it ran. A peer
+        is helped when two looks in a row miss it, so that the two never race.
+        """
+        missing = self._host.connected()
+        while True:
+            for peer in missing:
+                if not await self.pubsub.ensure_peer_stream(ID.from_base58(peer)):
+                    log.debug("gossip.no_stream peer=%s", short(peer))
+            before = self._without_stream()
+            await trio.sleep(self._config.repair_seconds)
+            missing = before & self._without_stream()
+
+    def _without_stream(self) -> frozenset[PeerId]:
+        return self._host.connected() - {PeerId(str(p)) for p in self.pubsub.peers}
+
     # asked by the adapters below
 
     def admits(self, peer: PeerId) -> bool:
@@ -213,8 +232,7 @@ async def open_broadcast(
         ):
             await pubsub.wait_until_ready()
             nursery.start_soon(_join_topics, pubsub, joining)
-            for peer in host.connected():
-                nursery.start_soon(_greet, pubsub, peer)
+            nursery.start_soon(broadcast.keep_streams)
             try:
                 yield broadcast
             finally:
@@ -225,9 +243,3 @@ async def open_broadcast(
 async def _join_topics(pubsub: Pubsub, topics: trio.MemoryReceiveChannel[str]) -> None:
     async for topic in topics:
         await pubsub.subscribe(topic)
-
-
-async def _greet(pubsub: Pubsub, peer: PeerId) -> None:
-    """Open gossip with a peer that was connected before gossip ran."""
-    if not await pubsub.ensure_peer_stream(ID.from_base58(peer)):
-        log.debug("gossip.no_stream peer=%s", short(peer))

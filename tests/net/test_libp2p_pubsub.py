@@ -136,3 +136,34 @@ async def test_gossip_reaches_peers_connected_before_it_ran_and_big_payloads_pas
         forwarder, payload = await publish_until(mine, "t", big, heard)
         assert forwarder == one.peer_id
         assert len(payload) == 65536
+
+
+async def test_a_peer_whose_gossip_starts_later_is_found():
+    config = GossipConfig(repair_seconds=0.1)
+    async with AsyncExitStack() as stack:
+        one, two = [
+            await stack.enter_async_context(
+                open_host(LOOPBACK, Ed25519Signer.generate(), ListGate(), Counters())
+            )
+            for _ in "12"
+        ]
+        mine = await stack.enter_async_context(open_broadcast(one, config))
+        await one.connect(two.peer_id, two.addrs())
+        with trio.move_on_after(0.3):  # ours is refused meanwhile
+            await trio.sleep_forever()
+        theirs = await stack.enter_async_context(open_broadcast(two, config))
+        heard, echo = theirs.subscribe("t"), mine.subscribe("t")
+        await publish_until(mine, "t", (b"a%d" % n for n in range(200)), heard)
+        await publish_until(theirs, "t", (b"b%d" % n for n in range(200)), echo)
+
+
+async def test_gossip_goes_on_after_a_reconnect():
+    async with mesh(2) as ((one, mine), (two, theirs)):
+        heard = theirs.subscribe("t")
+        mine.subscribe("t")
+        await publish_until(mine, "t", (b"a%d" % n for n in range(200)), heard)
+        await one.disconnect(two.peer_id)
+        await until(lambda: not two.connected())
+        await two.connect(one.peer_id, one.addrs())
+        drain(heard)
+        await publish_until(mine, "t", (b"b%d" % n for n in range(200)), heard)
