@@ -204,11 +204,13 @@ class Swarm:
             return None
         count = 1 if self.num_held < RANDOM_FIRST else _SAMPLE
         sample = self._rng.sample(self._order, min(count, len(self._order)))
-        usable = [b for b in sample if source.have >> b & 1]
-        if usable:
-            return min(usable, key=self._copies.__getitem__)
+        # after a silence it may still owe blocks that are to do again
+        usable = source.have & ~sum(1 << block for block in source.asked)
+        found = [block for block in sample if usable >> block & 1]
+        if found:
+            return min(found, key=self._copies.__getitem__)
         start = self._rng.randrange(self.num_blocks)
-        return bitmap.first_from(self._todo & source.have, start)
+        return bitmap.first_from(self._todo & usable, start)
 
     def _pick_endgame(self, peer: PeerId, source: _Source) -> int | None:
         """Return the block in flight that waits longest and may be asked once more."""
