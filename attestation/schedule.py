@@ -62,6 +62,11 @@ class Schedule:
             self._turns[peer].running = True
         return ready
 
+    def running(self, peer: PeerId) -> bool:
+        """Return whether the turn of ``peer`` is still open."""
+        turn = self._turns.get(peer)
+        return turn is not None and turn.running
+
     def on_success(self, peer: PeerId, now: float) -> None:
         """Plan the next turn; also called when the peer attested with us unasked."""
         if peer in self._turns:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -63,6 +64,7 @@ class AdmissionService:
             config.reattest_jitter,
             rng or random.Random(),
         )
+        self._locks: dict[PeerId, trio.Lock] = {}
         self._exchanges = AdmissionExchanges(
             host,
             local,
@@ -111,7 +113,30 @@ class AdmissionService:
             RemoteProtocolError: the peer broke the protocol.
             Unavailable: the peer cannot be reached, left, or was slow (PeerTimeout).
         """
-        return await self._exchanges.seek(peer)
+        async with self._turn(peer):
+            return await self._exchanges.seek(peer)
+
+    async def ensure(self, peer: PeerId) -> None:
+        """Trust ``peer``: wait for the exchange under way with it, or have one.
+
+        Raises:
+            FabricError: as :meth:`seek`.
+        """
+        async with self._turn(peer):
+            if self._standings.of(peer, self._clock()).state is not State.TRUSTED:
+                await self._exchanges.seek(peer)
+
+    @asynccontextmanager
+    async def _turn(self, peer: PeerId) -> AsyncIterator[None]:
+        """One exchange of ours with ``peer`` at a time: it refuses a second one."""
+        # bounded by the connected peers; dropped with its last user
+        lock = self._locks.setdefault(peer, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._locks.pop(peer, None)
 
     def revoke(self, peer: PeerId, reason: str) -> None:
         """Stop trusting ``peer`` now and record why; members decide for themselves."""
@@ -134,7 +159,9 @@ class AdmissionService:
 
     async def _take_turn(self, peer: PeerId) -> None:
         try:
-            await self.seek(peer)
+            async with self._turn(peer):
+                if self._schedule.running(peer):  # else it was done meanwhile
+                    await self._exchanges.seek(peer)
         except FabricError as exc:
             self._counters.add(REFUSALS, label=exc.code)
             self._schedule.on_failure(peer, self._clock())

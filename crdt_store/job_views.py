@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from crdt_store.entry import MAX_VALUE_BYTES, Entry
-from crdt_store.views import DAY_SECONDS, Count, Name, Text, Values, View, segment
+from crdt_store.views import DAY_SECONDS, Count, Values, View, segment
 from fabric.core.digest import hex_digest
 from fabric.core.ids import JobId, PeerId, public_key_of
 
@@ -34,19 +34,15 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: queued < running < done, failed, cancelled.
-        reason: For people.
         counter: Generation counter of whoever says so.
         coordinator: PeerId, or empty.
-        facts: Numbers for people.
+        detail: What only the jobs service reads; opaque here.
     """
 
     state: State
-    reason: Annotated[str, msgspec.Meta(max_length=500)] = ""
     counter: Count = 0
     coordinator: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    facts: Annotated[
-        dict[Name, Text | int | float | bool], msgspec.Meta(max_length=32)
-    ] = {}
+    detail: Annotated[bytes, msgspec.Meta(max_length=3900)] = b""
 
     @property
     def final(self) -> bool:

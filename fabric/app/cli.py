@@ -54,9 +54,12 @@ def up(
         raise SystemExit(status)
 
 
-def _mount_verbs() -> None:
-    """Add the verbs of packages above this one (sim, demo) and of checkpoints."""
+def _mount_verbs(arguments: list[str]) -> None:
+    """Add the verbs of packages above this one (sim, demo) that are asked for."""
+    first = arguments[0] if arguments else "--help"
     for point in entry_points(group="fabric.verbs"):
+        if first not in (point.name, "--help", "-h"):
+            continue  # importing a verb costs more than most commands
         verb = point.load()
         if isinstance(verb, cyclopts.App):
             app.command(verb, name=point.name)
@@ -69,7 +72,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     json = "--json" in arguments
     try:
-        _mount_verbs()
+        _mount_verbs(arguments)
         app(arguments)
     except FabricError as error:
         show_error(error, json=json)

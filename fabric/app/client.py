@@ -18,11 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import msgspec
+
 from fabric.app import control_messages as m
+from fabric.app.config_loader import set_at
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
 from fabric.core.errors import FabricError, PeerTimeout, Unavailable
 from fabric.jobs.spec import CODEC, JobSpec, load_spec
+from fabric.jobs.spec import spec_of as spec_of_tree
 
 T = TypeVar("T")
 RECEIVE_BYTES = 1 << 16
@@ -44,9 +48,12 @@ def spec_of(
     spec: JobSpec | str | Path, overrides: Mapping[str, object] | None
 ) -> JobSpec:
     """Return ``spec``, loaded when it is a path, with ``overrides`` applied."""
-    if isinstance(spec, JobSpec) and not overrides:
-        return spec
-    return load_spec(spec, dict(overrides or {}))
+    if not isinstance(spec, JobSpec):
+        return load_spec(Path(spec), overrides)
+    tree = msgspec.to_builtins(spec)
+    for key, value in (overrides or {}).items():
+        set_at(tree, key.split("."), value)
+    return spec_of_tree(tree, "the job spec") if overrides else spec
 
 
 class Client:

@@ -43,9 +43,11 @@ def load_config(
     tree = _read(file)
     for name, text in sorted(environ.items()):
         if name.startswith(PREFIX):
-            _set(tree, name[len(PREFIX) :].lower().split("__"), parse_value(text), name)
+            set_at(
+                tree, name[len(PREFIX) :].lower().split("__"), parse_value(text), name
+            )
     for key, value in flags.items():
-        _set(tree, key.split("."), value, key)
+        set_at(tree, key.split("."), value, key)
     _check_keys(kind, tree, "")
     try:
         return msgspec.convert(tree, kind, strict=True)
@@ -86,11 +88,18 @@ def parse_assignment(text: str) -> tuple[str, object]:
     return key.strip(), parse_value(value)
 
 
-def _set(tree: Tree, path: list[str], value: object, origin: str) -> None:
+def set_at(tree: Tree, path: list[str], value: object, origin: str = "") -> None:
+    """Put ``value`` at ``path`` in nested tables, making those that are missing.
+
+    Raises:
+        ConfigError: part of the path is a value; ``origin`` names who wants it.
+    """
     for part in path[:-1]:
         branch = tree.setdefault(part, {})
         if not isinstance(branch, dict):
-            raise ConfigError(f"{origin}: {part} is a value, not a section")
+            raise ConfigError(
+                f"{origin or '.'.join(path)}: {part} is a value, not a section"
+            )
         tree = branch
     tree[path[-1]] = value
 

@@ -125,12 +125,22 @@ async def _answer_one(
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(run)
-        # nothing is due from a client that waits: readable means closed or pipelined
-        if not await stream.socket.recv(1, trio.socket.MSG_PEEK):
+        if await _hung_up(stream):
             gone = True
             nursery.cancel_scope.cancel()
     if gone:
         raise trio.BrokenResourceError("the client hung up")
+
+
+async def _hung_up(stream: trio.SocketStream) -> bool:
+    """Return once there is something to read: True if it is the end of the stream.
+
+    Nothing is due from a client that waits; what is readable is the end or pipelined.
+    """
+    try:
+        return not await stream.socket.recv(1, trio.socket.MSG_PEEK)
+    except OSError:
+        return True
 
 
 async def _send_results(

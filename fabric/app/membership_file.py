@@ -8,8 +8,8 @@ from typing import Annotated
 
 import msgspec
 
+from crdt_store.grants import Mesh
 from fabric.core.errors import ConfigError
-from fabric.core.ids import MeshId
 
 MAX_FILE_BYTES = 1 << 20
 Entry = Annotated[bytes, msgspec.Meta(max_length=8192)]
@@ -19,17 +19,13 @@ class MeshMembership(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A mesh and why we are in it.
 
     Attributes:
-        mesh: Its id.
-        name: Its name.
-        root_public_key: 32 bytes; every grant leads back to it.
+        mesh: Its name and root public key; every grant leads back to it.
         bootstrap: Multiaddrs with ``/p2p/`` of members known when we joined.
-        credentials: Raw signed entries that make us a member: a grant, or an invite's
-            terms and our redemption.
+        credentials: Raw signed entries that make us a member: a grant, or our
+            redemption of an invite.
     """
 
-    mesh: MeshId
-    name: str
-    root_public_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    mesh: Mesh
     bootstrap: tuple[str, ...]
     credentials: tuple[Entry, ...]
 
@@ -41,8 +37,8 @@ def load_membership(path: Path) -> MeshMembership | None:
         ConfigError: the file is damaged.
     """
     try:
-        raw = path.read_bytes()[: MAX_FILE_BYTES + 1]
-        return msgspec.json.decode(raw, type=MeshMembership)
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.read(MAX_FILE_BYTES), type=MeshMembership)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
@@ -52,16 +48,21 @@ def load_membership(path: Path) -> MeshMembership | None:
         ) from exc
 
 
-def save_membership(path: Path, membership: MeshMembership) -> None:
-    """Write ``membership`` to ``path``: fsync, then rename."""
+def save_private(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` with mode 0600: fsync, then rename."""
     temporary = path.with_suffix(".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        os.write(fd, msgspec.json.encode(membership))
+        os.write(fd, content)
         os.fsync(fd)
     finally:
         os.close(fd)
     temporary.replace(path)
+
+
+def save_membership(path: Path, membership: MeshMembership) -> None:
+    """Write ``membership`` to ``path``."""
+    save_private(path, msgspec.json.encode(membership))
 
 
 def forget_membership(path: Path) -> None:

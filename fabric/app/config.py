@@ -1,0 +1,67 @@
+"""The configuration of one node: each package owns its part."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+
+from attestation.config import AttestationConfig
+from crdt_store.config import StoreConfig
+from dht.config import ContentConfig
+from fabric.app.config_loader import load_config
+from fabric.app.home import Home
+from fabric.jobs.config import JobsConfig
+from fabric.net.config import GossipConfig, HostConfig, RoutingConfig
+from fabric.net.data_config import DataConfig
+from inference.config import InferenceConfig
+from training.config import TrainConfig
+
+
+class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How this peer keeps in touch with the members of its mesh."""
+
+    join_seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 30.0
+    """Longest time from `fabric join` to its answer."""
+    connect_seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 15.0
+    """Longest time for one dial and admission."""
+    record_refresh_seconds: Annotated[float, msgspec.Meta(ge=60, le=86400)] = 21600.0
+    """How often the membership record is written again (TTL 24 h)."""
+    relay_ok: bool = False
+    """Volunteer as a relay for others."""
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything an operator can set, in TOML, ``FABRIC__*`` variables or flags."""
+
+    name: Annotated[str, msgspec.Meta(max_length=100)] = ""
+    """Name shown to others; empty takes the machine's."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    mesh: MeshConfig = MeshConfig()
+    host: HostConfig = HostConfig()
+    gossip: GossipConfig = GossipConfig()
+    routing: RoutingConfig = RoutingConfig()
+    data: DataConfig = DataConfig()
+    store: StoreConfig = StoreConfig()
+    attestation: AttestationConfig = AttestationConfig()
+    content: ContentConfig = ContentConfig()
+    jobs: JobsConfig = JobsConfig()
+    train: TrainConfig = TrainConfig()
+    serve: InferenceConfig = InferenceConfig()
+
+    @property
+    def display_name(self) -> str:
+        """The name shown to others."""
+        return self.name or socket.gethostname()
+
+
+def load_node_config(home: Home, flags: Mapping[str, object]) -> NodeConfig:
+    """Return the configuration in ``home``, environment and ``flags``.
+
+    Raises:
+        ConfigError: unknown key, wrong type or value.
+    """
+    return load_config(NodeConfig, home.config_file, os.environ, flags)
