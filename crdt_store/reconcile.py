@@ -231,8 +231,8 @@ class Session:
                 self._phase = self._compare(asked, response)
                 return ()
             case Ask(), Answer():
-                self._phase = phase
                 self._take_answer(asked, response)
+                self._phase = phase
                 return response.entries
             case _:
                 raise RemoteProtocolError(f"{type(response).__name__}: no answer here")

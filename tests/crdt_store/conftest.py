@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import pytest
 import trio
@@ -86,19 +87,25 @@ class World:
 
     def authority(self) -> list[bytes]:
         """The founding grants: owner, admin, workers."""
-        entries = [
-            self.founding,
-            self.grant(self.owner, self.admin, Role.ADMIN, may_delegate=True),
-            *(self.grant(self.owner, w, Role.WORKER) for w in self.workers),
-        ]
-        return [entry.raw for entry in entries]
+        return list(_founding_grants())
 
     def replica(self, signer: Ed25519Signer | None = None, **bounds) -> Replica:
         """A replica that holds the founding grants."""
         own = (signer or self.owner).public_key
         replica = Replica(self.mesh, own, **bounds)
-        replica.ingest_batch_untrusted(self.authority(), self.now)
+        replica.restore(self.authority(), self.now)  # signatures are tested elsewhere
         return replica
+
+
+@lru_cache(maxsize=1)
+def _founding_grants() -> tuple[bytes, ...]:
+    world = World()
+    entries = [
+        world.founding,
+        world.grant(world.owner, world.admin, Role.ADMIN, may_delegate=True),
+        *(world.grant(world.owner, w, Role.WORKER) for w in world.workers),
+    ]
+    return tuple(entry.raw for entry in entries)
 
 
 @pytest.fixture

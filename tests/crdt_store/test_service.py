@@ -308,3 +308,45 @@ async def test_promises_outlive_the_store(world, network, autojump_clock):
         store = await Peers(world, network, nursery).open(world.owner, storage=disk)
         assert store.load_promises()["job"].blob == b"three"
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.slow
+async def test_a_folder_on_disk_is_restored_and_has_one_user(world, network, tmp_path):
+    station = network.station(world.owner.peer_id)
+    arguments = (
+        StoreConfig(),
+        tmp_path / "store",
+        world.owner,
+        world.mesh,
+        station,
+        station,
+        lambda: world.now,
+        Counters(),
+    )
+    async with open_store(*arguments) as store:
+        store.ingest_authority_untrusted(world.authority())
+        await store.members.put(record("owner"))
+        before = store.state_hash()
+        with pytest.raises(ConfigError, match="in use"):
+            async with open_store(*arguments):
+                pass
+    async with open_store(*arguments) as store:
+        assert store.state_hash() == before
+        assert store.members.get(world.owner.peer_id) == record("owner")
+
+
+async def test_an_error_in_the_block_is_not_wrapped(world, network):
+    station = network.station(world.owner.peer_id)
+    with pytest.raises(KeyError):
+        async with open_store(
+            StoreConfig(),
+            NOWHERE,
+            world.owner,
+            world.mesh,
+            station,
+            station,
+            lambda: world.now,
+            Counters(),
+            storage=MemoryStorage(),
+        ):
+            raise KeyError("mine")
