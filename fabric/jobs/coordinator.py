@@ -27,6 +27,11 @@ Peers = frozenset[PeerId]
 NOBODY: Peers = frozenset()
 
 
+def max_participants(spec: JobSpec) -> int:
+    """Return the most participants of a generation: one per stage, if there are any."""
+    return spec.serve.stages if spec.kind == "serve" else spec.require.max_peers
+
+
 class Coordinator:
     """Decide for one generation.
 
@@ -121,7 +126,7 @@ class Coordinator:
     def change_wanted(self, live: Peers, now: float) -> str:
         """Return why a new generation is wanted now, or an empty string."""
         if self.genesis:
-            ready = self.starters() >= self._spec.require.min_peers
+            ready = self.starters() >= self.needed
             return "enough peers are there" if ready else ""
         if self._spec.kind == "serve":
             return self._replacement_wanted(live)
@@ -134,6 +139,12 @@ class Coordinator:
         if self._boundary_at is None or not self._settled(live, now):
             return ""
         return "participants join, leave or fetch" if self._changes(live) else ""
+
+    @property
+    def needed(self) -> int:
+        """Peers without which the job does not start."""
+        stages = self._spec.serve.stages if self._spec.kind == "serve" else 1
+        return max(self._spec.require.min_peers, stages)
 
     def starters(self) -> int:
         """Return how many peers could start the job now."""
@@ -195,7 +206,7 @@ class Coordinator:
 
     def waiting(self) -> Pause | None:
         """Return why the job has not started, if it has not."""
-        have, need = self.starters(), self._spec.require.min_peers
+        have, need = self.starters(), self.needed
         if not self.genesis or have >= need:
             return None
         return Pause(

@@ -20,6 +20,9 @@ LINK_FACT = "bytes_by_link:"
 far. The jobs service merges them into the job's "bytes_by_link:<from>><to>", both ends
 in short form."""
 
+CHECKPOINT_FAILED_FACT = "checkpoint_failed"
+"""A RunnerProgress with this fact (a code) says that :meth:`Runner.save` failed."""
+
 CHECKPOINT_FACT = "checkpoint"
 """A RunnerProgress with this fact (the directory) answers :meth:`Runner.save`."""
 

@@ -14,6 +14,7 @@ from fabric.core.ids import JobId, PeerId, short
 from fabric.jobs.messages import Generation, RoundDecision
 from fabric.jobs.runner import (
     CHECKPOINT_FACT,
+    CHECKPOINT_FAILED_FACT,
     Runner,
     RunnerEvent,
     RunnerFactory,
@@ -56,7 +57,7 @@ class RunnerHost:
         self._scope: trio.CancelScope | None = None
         self._commands: trio.MemorySendChannel[Command] | None = None
         self._saved: trio.Event | None = None
-        self._written = False
+        self._save_error = ""
         self._turn = trio.Lock()  # one worker after the other in one scratch directory
 
     @property
@@ -98,19 +99,19 @@ class RunnerHost:
         Bound it with ``trio.fail_after``.
 
         Raises:
-            Unavailable: there is no runner, or it ended first.
+            Unavailable: there is no runner, it ended first, or it could not write.
         """
         if not self.running:
             raise Unavailable("no worker of this job runs here")
-        self._saved, self._written = trio.Event(), False
+        self._saved, self._save_error = trio.Event(), ""
         self.send(directory, nursery)
         await self._saved.wait()
-        if not self._written:
-            raise Unavailable("the worker ended before the checkpoint was written")
+        if self._save_error:
+            raise Unavailable(self._save_error)
 
-    def _settle_save(self, *, written: bool) -> None:
+    def _settle_save(self, error: str) -> None:
         if self._saved is not None and not self._saved.is_set():
-            self._written = written
+            self._save_error = error
             self._saved.set()
 
     async def _run(
@@ -128,7 +129,7 @@ class RunnerHost:
         if self._scope is scope:
             self._scope, self._commands = None, None
         commands.close()
-        self._settle_save(written=False)
+        self._settle_save("the worker ended before the checkpoint was written")
         if failure is not None and not scope.cancel_called:
             job, me = self._context.job[:8], short(self._context.peer_id)
             logger.warning("job.runner job=%s peer=%s %s", job, me, failure)
@@ -149,8 +150,11 @@ class RunnerHost:
     async def _pump(self, runner: Runner) -> None:
         while True:
             event = await runner.next_event()
-            if isinstance(event, RunnerProgress) and CHECKPOINT_FACT in event.facts:
-                self._settle_save(written=True)
+            if isinstance(event, RunnerProgress):
+                if CHECKPOINT_FACT in event.facts:
+                    self._settle_save("")
+                elif failed := event.facts.get(CHECKPOINT_FAILED_FACT):
+                    self._settle_save(f"{failed}: {event.facts.get('reason', '')}")
             await self._emit(event)
             if isinstance(event, RunnerFailed):
                 self.close()

@@ -18,11 +18,10 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from fabric.core.digest import rendezvous_order
 from fabric.core.errors import IntegrityError, RemoteProtocolError
 from fabric.core.ids import JobId, PeerId, short
 from fabric.core.signing import Signer, seal
-from fabric.jobs.coordinator import Coordinator
+from fabric.jobs.coordinator import Coordinator, max_participants
 from fabric.jobs.effects import (
     Apply,
     Decide,
@@ -61,19 +60,10 @@ from fabric.jobs.messages import (
     Saved,
     Standing,
     StateHeld,
-    generation_hash,
 )
 from fabric.jobs.outbox import Outbox
 from fabric.jobs.promises import Acceptor, Held, PromiseRecord
-from fabric.jobs.proposer import (
-    BUSY,
-    FOLLOWED,
-    NOBODY,
-    Campaign,
-    Phase,
-    Wish,
-    check_commit,
-)
+from fabric.jobs.proposer import NOBODY, Wish, check_commit
 from fabric.jobs.quorum import electors, has_majority
 from fabric.jobs.runner import (
     RunnerEvent,
@@ -83,6 +73,7 @@ from fabric.jobs.runner import (
 )
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import JobState, JobStatus, Pause, Trigger, advance, is_over
+from fabric.jobs.succession import Succession, no_quorum
 
 RETRY = ("E_NOT_YET", "E_BUSY", "E_UNKNOWN_JOB")
 """Refusals that end by themselves: the receiver is about to learn what it lacks."""
@@ -124,7 +115,7 @@ class Seat:
     ) -> None:
         self.job, self.spec, self.me = job, spec, signer.peer_id
         self._signer = signer
-        self._random = random.Random(f"{seed}:{self.me}:{job}")
+        rng = random.Random(f"{seed}:{self.me}:{job}")
         self._patience = spec.fault.patience_seconds
         self.acceptor = Acceptor(job, genesis_of(job, spec), record)
         self._outbox = Outbox(self._patience / 4)
@@ -133,8 +124,7 @@ class Seat:
         self.state = JobState.QUEUED
         self.reason = ""
         self._liveness = Liveness(self._patience)
-        self.campaign: Campaign | None = None
-        self._campaign_at = now
+        self._succession = Succession(self.me, self._patience, rng, now)
         self._role: Coordinator | None = None
         self._members: frozenset[PeerId] = frozenset()
         self._joins = False
@@ -145,13 +135,10 @@ class Seat:
         self._held = Held()
         self._decided = -1
         self._busy: tuple[int, float] | None = None
-        self._highest_seen = 0
-        self._coordinator_heard = now
         self._beat_due = now
         self._facts: dict[str, str | int | float | bool] = {}
         self._facts_due = now
         self._saving = False
-        self._blocked: Pause | None = None
         # after a restart nothing is held and no round's reports are known
         self._resumed = record is not None and self.committed.counter > 0
         if self.committed.counter > 0:
@@ -197,8 +184,12 @@ class Seat:
         if self.over:
             return None
         if self._role is not None:
-            return self._quorum_pause(now) or self._role.waiting() or self._blocked
-        return self._blocked
+            return (
+                self._quorum_pause(now)
+                or self._role.waiting()
+                or self._succession.blocked
+            )
+        return self._succession.blocked
 
     def status(self, now: float) -> JobStatus:
         """Return what the status slot should say."""
@@ -353,7 +344,7 @@ class Seat:
     def _follows(self, now: float) -> bool:
         if self.committed.coordinator == self.me:
             return self.coordinates
-        return now - self._coordinator_heard < 0.8 * self._patience
+        return now - self._succession.heard < 0.8 * self._patience
 
     def _standing(self, counter: int, now: float) -> Standing:
         newer = self.committed.counter > counter
@@ -380,7 +371,7 @@ class Seat:
         if counter < generation.counter or sender != generation.coordinator:
             reason = f"epoch {counter} of {short(sender)} is over"
             return self.acceptor.refuse("E_STALE", reason)
-        self._coordinator_heard = now
+        self._succession.heard = now
         if self.acceptor.fenced:
             reason = f"promised epoch {self.acceptor.promised}"
             return self.acceptor.refuse("E_FENCED", reason)
@@ -391,7 +382,7 @@ class Seat:
         if refusal is not None and refusal.code == "E_STALE":
             return refusal
         self.ledger.adopt(beat.facts)
-        self._blocked = no_quorum(beat.missing) if beat.missing else None
+        self._succession.blocked = no_quorum(beat.missing) if beat.missing else None
         if self._resumed and self._joins:
             self._join_due = min(self._join_due, now)
         return self._standing(beat.counter, now)
@@ -464,7 +455,7 @@ class Seat:
         elif isinstance(reply, Finished):
             self._adopt_end(JobState(reply.state), reply.reason)
         if isinstance(request, Inquire | Propose):
-            self._campaign_reply(peer, request, reply, now)
+            self._succession.replied(peer, request, reply, now)
             return
         retry = isinstance(reply, Nack) and reply.code in RETRY
         if retry:
@@ -478,8 +469,7 @@ class Seat:
         """``request`` did not reach ``peer``, or no answer came."""
         self._liveness.failed(peer)
         if isinstance(request, Inquire | Propose):
-            if self.campaign is not None and self._is_current(request):
-                self.campaign.on_silence(peer, now)
+            self._succession.replied(peer, request, None, now)
         elif isinstance(request, Commit | Finished) and peer not in self._audience():
             self._outbox.answered(peer, request)  # it left; it will ask when it is back
         else:
@@ -490,35 +480,9 @@ class Seat:
 
     def _note_promise(self, peer: PeerId, reply: Standing | Nack) -> None:
         if peer in self._audience():
-            self._highest_seen = max(self._highest_seen, reply.promised)
-
-    def _is_current(self, request: Inquire | Propose) -> bool:
-        campaign = self.campaign
-        if campaign is None:
-            return False
-        if isinstance(request, Inquire):
-            return campaign.phase is Phase.INQUIRING
-        return campaign.target is request.generation
-
-    def _campaign_reply(
-        self,
-        peer: PeerId,
-        request: Inquire | Propose,
-        reply: JobMessage,
-        now: float,
-    ) -> None:
-        campaign = self.campaign
-        if campaign is None or campaign.over or not self._is_current(request):
-            return
-        match reply:
-            case Standing():
-                campaign.on_standing(peer, reply, now)
-            case Ack():
-                campaign.on_ack(peer, reply, now)
-            case Nack():
-                campaign.on_nack(peer, reply, now)
-            case _:
-                campaign.on_silence(peer, now)
+            self._succession.highest_seen = max(
+                self._succession.highest_seen, reply.promised
+            )
 
     # -- generations
 
@@ -538,11 +502,10 @@ class Seat:
 
     def _enter(self, generation: Generation, now: float) -> None:
         """Act, or stop acting, in a generation we just adopted."""
-        self.campaign, self._blocked, self._busy = None, None, None
+        self._succession.entered(now)
+        self._busy = None
         self._resumed = self._saving = False
         self._outbox.clear()
-        self._coordinator_heard = now
-        self._campaign_at = now
         self._decided = generation.base_round - 1
         self.state = advance(self.state, Trigger.STARTED)
         self.ledger.start(now)
@@ -600,12 +563,10 @@ class Seat:
         return Outputs(effects, tuple(sends))
 
     def _outgoing(self, now: float) -> list[tuple[PeerId, JobMessage]]:
-        campaign = self.campaign if not self.over else None
+        campaign = self._succession.campaign if not self.over else None
         return [*self._outbox.take(now), *(campaign.outgoing() if campaign else ())]
 
     def _tick(self, now: float) -> None:
-        if self.campaign is not None and now >= self.campaign.deadline:
-            self.campaign.on_timeout(now)
         self._conclude_campaign(now)
         self._send_facts(now)
         if self._role is not None:
@@ -620,8 +581,8 @@ class Seat:
         due = [now + self._patience / 4]
         if (outgoing := self._outbox.next_timeout()) is not None:
             due.append(outgoing)
-        if self.campaign is not None:
-            due.append(self.campaign.deadline)
+        if (campaign := self._succession.campaign) is not None:
+            due.append(campaign.deadline)
         if self._role is not None:
             deadline = self._role.table.deadline()
             if deadline is not None and deadline > now:
@@ -666,64 +627,33 @@ class Seat:
 
     # -- candidate
 
-    def _rank(self) -> int:
-        """Return our place in the order of succession."""
-        generation = self.committed
-        key = (self.job + generation_hash(generation)).encode()
-        others = [p for p in generation.participants if p != generation.coordinator]
-        return rendezvous_order(key, others).index(self.me) if self.me in others else 0
-
     def _candidate_tick(self, now: float) -> None:
-        silence = now - self._coordinator_heard
-        resumed = self._resumed and self.committed.coordinator == self.me
-        waited = silence >= self._patience * (1 + self._rank() / 2)
-        fenced = self.acceptor.fenced and self.committed.coordinator == self.me
-        if resumed or fenced or waited:
-            self._start_campaign(now, self.committed.participants, depose=False)
+        ours = self.committed.coordinator == self.me  # restarted, or fenced
+        if ours or self._succession.due(self.committed, now):
+            participants = self.committed.participants
+            self._start_campaign(now, participants)
 
-    def _start_campaign(
-        self, now: float, wanted: tuple[PeerId, ...], *, depose: bool
-    ) -> None:
-        if self.campaign is not None or now < self._campaign_at or self._applying(now):
+    def _start_campaign(self, now: float, wanted: tuple[PeerId, ...]) -> None:
+        if self._applying(now):
             return
         wish = Wish(
             participants=wanted,
-            max_peers=self.spec.require.max_peers,
+            max_peers=max_participants(self.spec),
             members=self._members,
             avoid_coordinator=self.me not in wanted,
-            depose=depose or self.committed.coordinator == self.me,
+            depose=self.committed.coordinator == self.me,
         )
-        promised = max(self.acceptor.promised, self._highest_seen)
-        self.campaign = Campaign(
-            self.committed,
-            self.me,
-            wish,
-            promised=promised,
-            now=now,
-            window=0.6 * self._patience,
-        )
+        promised = self.acceptor.promised
+        self._succession.start(self.committed, wish, promised, now)
 
     def _conclude_campaign(self, now: float) -> None:
-        campaign = self.campaign
-        if campaign is None or not campaign.over:
+        campaign = self._succession.conclude(now)
+        if campaign is None:
             return
-        self.campaign = None
-        self._highest_seen = max(self._highest_seen, campaign.highest)
         if campaign.commit is not None:
             self._won(campaign.commit, electors(campaign.base), now)
-            return
-        wait = 0.1 if campaign.reason == BUSY else 0.3 + 0.7 * self._random.random()
-        self._campaign_at = now + wait * self._patience
-        if campaign.newer is not None:
+        elif campaign.newer is not None:
             self._learn(campaign.newer, now)
-        elif campaign.reason == FOLLOWED:
-            self._blocked = Pause(
-                "coordinator_unreachable",
-                f"{short(self.committed.coordinator)} answers others, not us",
-                "fabric why PEER shows the path to it",
-            )
-        elif campaign.missing:
-            self._blocked = no_quorum(campaign.missing)
         elif campaign.reason == NOBODY and self._worker_failures:
             self._end(Trigger.BROKE, self.reason or "the worker failed", now)
 
@@ -765,13 +695,16 @@ class Seat:
         live = self._live(now)
         if self._quorum_pause(now) is not None:
             return
-        fenced = self.acceptor.fenced or self._highest_seen > self.committed.counter
+        fenced = (
+            self.acceptor.fenced
+            or self._succession.highest_seen > self.committed.counter
+        )
         why = "a later epoch was promised" if fenced else role.change_wanted(live, now)
         if why:
             lost = () if role.genesis else self._liveness.lost(now)
             wanted = tuple(p for p in role.wanted() if p not in lost)
-            self._start_campaign(now, wanted, depose=True)
-        elif self.campaign is None:
+            self._start_campaign(now, wanted)
+        elif self._succession.campaign is None:
             self._decide(role, live, now)
 
     def _decide(self, role: Coordinator, live: frozenset[PeerId], now: float) -> None:
@@ -828,7 +761,7 @@ class Seat:
         if self.over or not is_over(state):
             return
         self.state, self.reason = state, reason
-        self.campaign, self._role = None, None
+        self._succession.campaign, self._role = None, None
         self._outbox.clear()
         self._record(state.value, self.me, {"reason": reason} if reason else {})
         self._effects += [Retire(), Ended(state)]
@@ -840,13 +773,3 @@ class Seat:
         facts: dict[str, str | int | float | bool],
     ) -> None:
         self._effects.append(Recorded(kind, peer, facts))
-
-
-def no_quorum(missing: tuple[PeerId, ...]) -> Pause:
-    """Return the pause of a minority, naming who is missing."""
-    names = ", ".join(short(peer) for peer in missing[:8])
-    return Pause(
-        "no_quorum",
-        f"no majority of the last participants answers; missing: {names}",
-        "bring a missing peer back, or stop the job",
-    )

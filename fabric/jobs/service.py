@@ -20,12 +20,12 @@ from fabric.core.errors import (
     ConfigError,
     FabricError,
     RemoteProtocolError,
-    ResourceExhausted,
     Unavailable,
 )
 from fabric.core.ids import JobId, PeerId, short
 from fabric.core.signing import Signer
 from fabric.core.telemetry import PROTOCOL_ERRORS, Counters
+from fabric.jobs.admission import check_means, fits
 from fabric.jobs.config import JobsConfig
 from fabric.jobs.event_log import (
     SIDE_CODEC,
@@ -44,31 +44,16 @@ from fabric.jobs.runner_service import Context, RunnerHost
 from fabric.jobs.seat import Seat
 from fabric.jobs.spec import CODEC as SPEC_CODEC
 from fabric.jobs.spec import JobSpec, check_spec, job_id
-from fabric.jobs.states import JobState, JobStatus, Pause, is_over
+from fabric.jobs.states import JobStatus, Pause, is_over
+from fabric.jobs.views import JobView, view_of_seat, view_of_status
 from fabric.net.rpc_api import Rpc
+
+__all__ = ["JobView", "JobsService"]
 
 logger = logging.getLogger(__name__)
 
 METHOD_EVENTS = "jobs.events"
 METHOD_STOP = "jobs.stop"
-
-
-class JobView(msgspec.Struct, frozen=True):
-    """One row of ``fabric jobs``; ``reason`` says why nothing happens, if so."""
-
-    job: JobId
-    name: str
-    kind: str
-    state: str
-    reason: str
-    coordinator: str
-    counter: int
-    participants: tuple[PeerId, ...]
-    round: int
-    rounds: int
-    loss: float | None
-    tokens_per_second: float | None
-    facts: dict[str, str | int | float | bool]
 
 
 def job_of(message: JobMessage) -> JobId:
@@ -309,7 +294,8 @@ class JobsService:
         for job, raw in self._store.specs().items():
             task = self._tasks.get(job)
             if task is not None:
-                views.append(view_of_seat(task, trio.current_time()))
+                fault = task.fault.reason if task.fault is not None else ""
+                views.append(view_of_seat(task.seat, trio.current_time(), fault))
                 continue
             status = self._store.status(job)
             try:
@@ -362,86 +348,3 @@ class JobsService:
         task = self._tasks.get(request.job)
         found = task.log.since(request.since) if task is not None else []
         return SIDE_CODEC.encode(EventsReply(tuple(found)))
-
-
-def fits(spec: JobSpec, facts: MemberFacts) -> bool:
-    """Return whether a member with ``facts`` may take part."""
-    trusted = spec.require.trust == "member" or facts.trust == spec.require.trust
-    return trusted and facts.memory_bytes >= spec.require.memory_bytes
-
-
-def check_means(spec: JobSpec, members: Mapping[PeerId, MemberFacts]) -> None:
-    """Refuse a job that the mesh cannot start now.
-
-    Raises:
-        ResourceExhausted: too few members fit; the reason says which rule they miss.
-    """
-    need = spec.require.min_peers
-    if spec.kind == "serve":
-        need = max(need, spec.serve.stages)
-    fitting = [peer for peer, facts in members.items() if fits(spec, facts)]
-    if len(fitting) >= need:
-        return
-    if len(members) < need:
-        reason = f"the job needs {need} peers, the mesh has {len(members)}"
-        raise ResourceExhausted(
-            reason, next_step="invite more peers: fabric mesh invite"
-        )
-    best = max((facts.memory_bytes for facts in members.values()), default=0)
-    reason = (
-        f"the job needs {need} peers with trust {spec.require.trust!r} and "
-        f"{spec.require.memory_bytes} B of free memory; {len(fitting)} of "
-        f"{len(members)} fit (the most free memory is {best} B)"
-    )
-    raise ResourceExhausted(
-        reason, next_step="lower require.memory_bytes or require.trust"
-    )
-
-
-def view_of_seat(task: JobTask, now: float) -> JobView:
-    """Return a job's row as this peer's seat knows it."""
-    seat, status = task.seat, task.seat.status(now)
-    reason = status.pause.reason if status.pause is not None else seat.reason
-    if task.fault is not None:
-        reason = f"stopped here: {task.fault.reason}"
-    return _view(
-        seat.job,
-        seat.spec,
-        status,
-        reason,
-        seat.committed.participants,
-        seat.ledger.facts(now),
-    )
-
-
-def view_of_status(job: JobId, spec: JobSpec, status: JobStatus | None) -> JobView:
-    """Return a job's row from its replicated status alone."""
-    status = status or JobStatus(state=JobState.QUEUED)
-    reason = status.pause.reason if status.pause is not None else ""
-    return _view(job, spec, status, reason, (), status.facts)
-
-
-def _view(
-    job: JobId,
-    spec: JobSpec,
-    status: JobStatus,
-    reason: str,
-    participants: tuple[PeerId, ...],
-    facts: dict[str, str | int | float | bool],
-) -> JobView:
-    loss, speed = facts.get("loss"), facts.get("tokens_per_second")
-    return JobView(
-        job=job,
-        name=spec.name,
-        kind=spec.kind,
-        state=status.state.value,
-        reason=reason,
-        coordinator=status.coordinator or spec.submitter,
-        counter=status.counter,
-        participants=participants,
-        round=status.round,
-        rounds=status.rounds,
-        loss=loss if isinstance(loss, float) else None,
-        tokens_per_second=speed if isinstance(speed, float) else None,
-        facts=facts,
-    )

@@ -1,0 +1,77 @@
+"""Rows of ``fabric jobs``: a job as this peer's seat, or its slot alone, knows it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fabric.core.ids import JobId, PeerId
+from fabric.jobs.seat import Seat
+from fabric.jobs.spec import JobSpec
+from fabric.jobs.states import JobState, JobStatus
+
+
+class JobView(msgspec.Struct, frozen=True):
+    """One row of ``fabric jobs``; ``reason`` says why nothing happens, if so."""
+
+    job: JobId
+    name: str
+    kind: str
+    state: str
+    reason: str
+    coordinator: str
+    counter: int
+    participants: tuple[PeerId, ...]
+    round: int
+    rounds: int
+    loss: float | None
+    tokens_per_second: float | None
+    facts: dict[str, str | int | float | bool]
+
+
+def view_of_seat(seat: Seat, now: float, fault: str = "") -> JobView:
+    """Return a job's row as this peer's seat knows it."""
+    status = seat.status(now)
+    reason = status.pause.reason if status.pause is not None else seat.reason
+    if fault:
+        reason = f"stopped here: {fault}"
+    return _view(
+        seat.job,
+        seat.spec,
+        status,
+        reason,
+        seat.committed.participants,
+        seat.ledger.facts(now),
+    )
+
+
+def view_of_status(job: JobId, spec: JobSpec, status: JobStatus | None) -> JobView:
+    """Return a job's row from its replicated status alone."""
+    status = status or JobStatus(state=JobState.QUEUED)
+    reason = status.pause.reason if status.pause is not None else ""
+    return _view(job, spec, status, reason, (), status.facts)
+
+
+def _view(
+    job: JobId,
+    spec: JobSpec,
+    status: JobStatus,
+    reason: str,
+    participants: tuple[PeerId, ...],
+    facts: dict[str, str | int | float | bool],
+) -> JobView:
+    loss, speed = facts.get("loss"), facts.get("tokens_per_second")
+    return JobView(
+        job=job,
+        name=spec.name,
+        kind=spec.kind,
+        state=status.state.value,
+        reason=reason,
+        coordinator=status.coordinator or spec.submitter,
+        counter=status.counter,
+        participants=participants,
+        round=status.round,
+        rounds=status.rounds,
+        loss=loss if isinstance(loss, float) else None,
+        tokens_per_second=speed if isinstance(speed, float) else None,
+        facts=facts,
+    )

@@ -1,0 +1,101 @@
+"""Any order of crashes, restarts, partitions and losses: safety always, progress after.
+
+``JOBS_EXAMPLES`` and ``JOBS_STEPS`` raise the counts for a soak run.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    rule,
+    run_state_machine_as_test,
+)
+
+PEERS = 5
+
+
+@pytest.fixture
+def machine(make_net):
+    class Faults(RuleBasedStateMachine):
+        """Net itself asserts: one generation per epoch, one decision per round."""
+
+        @initialize(
+            seed=st.integers(0, 2**16),
+            rounds=st.integers(2, 6),
+            min_peers=st.integers(1, 4),
+            warm=st.sampled_from([0.0, 0.5, 2.0, 4.0]),
+        )
+        def start(self, seed, rounds, min_peers, warm):
+            self.net = make_net(PEERS, rounds=rounds, min_peers=min_peers, seed=seed)
+            for index in range(PEERS):
+                self.net.start(index)
+            self.net.run(warm)
+
+        @rule(seconds=st.sampled_from([0.1, 0.3, 1.0, 3.0, 7.0, 13.0]))
+        def wait(self, seconds):
+            self.net.run(seconds)
+
+        @rule(index=st.integers(0, PEERS - 1))
+        def kill(self, index):
+            self.net.kill(index)
+
+        @rule()
+        def kill_coordinator(self):
+            for index, peer in enumerate(self.net.ids):
+                seat = self.net.seats.get(peer)
+                if seat is not None and seat.coordinates:
+                    self.net.kill(index)
+
+        @rule(index=st.integers(0, PEERS - 1))
+        def restart(self, index):
+            self.net.kill(index)
+            self.net.start(index)
+
+        @rule(sides=st.lists(st.integers(0, 2), min_size=PEERS, max_size=PEERS))
+        def partition(self, sides):
+            groups = [tuple(i for i in range(PEERS) if sides[i] == s) for s in range(3)]
+            self.net.partition(*groups)
+
+        @rule(hub=st.integers(0, PEERS - 1), cut=st.integers(0, PEERS - 1))
+        def overlap(self, hub, cut):
+            """Two halves that share one peer: links are not transitive."""
+            rest = [i for i in range(PEERS) if i != hub]
+            at = cut % len(rest)
+            self.net.partition((hub, *rest[:at]), (hub, *rest[at:]))
+
+        @rule(loss=st.sampled_from([0.0, 0.1, 0.4]))
+        def lose(self, loss):
+            self.net.loss = loss
+
+        @rule()
+        def heal(self):
+            self.net.heal()
+
+        def teardown(self):
+            if not hasattr(self, "net"):
+                return
+            self.net.heal()
+            for index, peer in enumerate(self.net.ids):
+                if peer not in self.net.seats:
+                    self.net.start(index)
+            assert self.net.run(400, self.net.all_done), "no progress after the heal"
+
+    return Faults
+
+
+def test_epochs_and_decisions_are_unique_and_a_healed_mesh_finishes(machine):
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=int(os.environ.get("JOBS_EXAMPLES", "25")),
+            stateful_step_count=int(os.environ.get("JOBS_STEPS", "12")),
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
