@@ -160,11 +160,14 @@ class Libp2pHost:
         raise PeerTimeout(f"{short(peer)} did not answer to {protocol}")
 
     async def _raw_stream(self, peer: PeerId) -> INetStream:
+        broken = None
         for connection in self._connections(peer):
             try:
                 return await connection.new_stream()
             except BaseLibp2pError as exc:
-                raise Unavailable(f"no stream to {short(peer)}: {exc}") from exc
+                broken = exc  # a second connection may still work
+        if broken is not None:
+            raise Unavailable(f"no stream to {short(peer)}: {broken}") from broken
         raise Unavailable(f"not connected with {short(peer)}", code="E_NOT_CONNECTED")
 
     def set_handler(self, protocol: str, handler: StreamHandler) -> None:
@@ -239,7 +242,8 @@ class Libp2pHost:
             for peer in self._swarm.get_connections_map():
                 nursery.start_soon(self._swarm.close_peer, peer)
         await self.basic.close()
-        for listener in self._listeners:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
             listener.close()
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 import trio
+from google.protobuf.message import DecodeError
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
@@ -63,6 +64,7 @@ class InboundStreams:
         except (
             BaseLibp2pError,
             UnicodeDecodeError,
+            DecodeError,
             trio.BrokenResourceError,
             trio.ClosedResourceError,
             trio.TooSlowError,

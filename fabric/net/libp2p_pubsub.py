@@ -28,7 +28,7 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from fabric.core.errors import ResourceExhausted
 from fabric.core.ids import PeerId, short
-from fabric.core.telemetry import DROPPED, REFUSALS
+from fabric.core.telemetry import DROPPED, PROTOCOL_ERRORS, REFUSALS
 from fabric.net.config import GossipConfig
 from fabric.net.libp2p_host import Libp2pHost
 from fabric.net.protocols import GOSSIP_PROTOCOL, MAX_GOSSIP_BYTES
@@ -134,20 +134,26 @@ class Libp2pBroadcast:
         self._allowance[forwarder] = (max(saved - 1.0, 0.0), now)
         return saved >= 1.0
 
+    def count_malformed(self) -> None:
+        """Count a message that could not be parsed."""
+        self._host.counters.add(PROTOCOL_ERRORS, label="gossip")
+
     def deliver(self, forwarder: PeerId, message: rpc_pb2.Message) -> None:
         """Hand a new, valid message to the subscribers of its topics."""
         for topic in message.topicIDs:
-            for channel in self._subscribers.get(topic, ()):
+            channels = self._subscribers.get(topic, [])
+            for channel in tuple(channels):
                 try:
                     channel.send_nowait((forwarder, message.data))
                 except trio.WouldBlock:
                     self._host.counters.add(DROPPED, label="gossip")
                 except trio.BrokenResourceError:
-                    log.debug("gossip.unread topic=%s", topic)
+                    channels.remove(channel)  # the subscriber closed its end
 
     def stop(self) -> None:
-        """Close all subscriptions."""
-        for channels in self._subscribers.values():
+        """Close all subscriptions; messages under way find nobody."""
+        subscribers, self._subscribers = self._subscribers, {}
+        for channels in subscribers.values():
             for channel in channels:
                 channel.close()
 
@@ -182,6 +188,11 @@ class _Pubsub(Pubsub):
         self._forwarder[id(msg)] = forwarder
         try:
             await super().push_msg(msg_forwarder, msg)
+        except Exception:
+            # the library parses ids, keys and signatures of hostile bytes here, and
+            # an error in this task of its would end gossip
+            self._broadcast.count_malformed()
+            log.debug("gossip.malformed from=%s", short(forwarder), exc_info=True)
         finally:
             del self._forwarder[id(msg)]
 

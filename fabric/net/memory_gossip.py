@@ -123,7 +123,8 @@ class MemoryBroadcast:
 
     def stop(self) -> None:
         """Close all subscriptions."""
-        for channels in self._subscribers.values():
+        subscribers, self._subscribers = self._subscribers, {}
+        for channels in subscribers.values():
             for channel in channels:
                 channel.close()
 

@@ -297,7 +297,8 @@ class MemoryHost:
 
     def stop(self) -> None:
         """Close the channels of this host."""
-        for listener in self._listeners:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
             listener.close()
         self.broadcast.stop()
 

@@ -2,13 +2,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.utils import encode_varint_prefixed
 
 from fabric.core.errors import ResourceExhausted
 from fabric.core.signing import Ed25519Signer
-from fabric.core.telemetry import DROPPED, REFUSALS, Counters
+from fabric.core.telemetry import BUGS, DROPPED, REFUSALS, Counters
 from fabric.net.config import GossipConfig, HostConfig
 from fabric.net.libp2p_host import open_host
-from fabric.net.libp2p_pubsub import MAX_TOPICS, open_broadcast
+from fabric.net.libp2p_pubsub import MAX_TOPICS, MESHSUB, open_broadcast
 from tests.net.check_host import ListGate
 
 LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
@@ -167,3 +169,47 @@ async def test_gossip_goes_on_after_a_reconnect():
         await two.connect(one.peer_id, one.addrs())
         drain(heard)
         await publish_until(mine, "t", (b"b%d" % n for n in range(200)), heard)
+
+
+def nasty_packets():
+    """Packets that a neighbour with its own code might send."""
+    yield b"\xff" * 100
+    yield b"\x0a\xff\xff\xff\xff\x0f"
+    for field in ("from_id", "seqno", "key", "signature", "data"):
+        message = rpc_pb2.Message(topicIDs=["t"], **{field: b"\xff\x00junk"})
+        yield rpc_pb2.RPC(publish=[message]).SerializeToString()
+    good_key = Ed25519Signer.generate().public_key
+    message = rpc_pb2.Message(
+        topicIDs=["t"],
+        from_id=b"\x12\x20" + good_key,
+        key=b"\x08\x01\x12\x20" + good_key,
+    )
+    yield rpc_pb2.RPC(publish=[message]).SerializeToString()
+    yield rpc_pb2.RPC(senderRecord=b"junk").SerializeToString()
+    control = rpc_pb2.ControlMessage(
+        iwant=[rpc_pb2.ControlIWant(messageIDs=[b"x", b"[1,"])],
+        ihave=[rpc_pb2.ControlIHave(topicID="t", messageIDs=[b"(", b"__import__"])],
+        graft=[rpc_pb2.ControlGraft(topicID="nowhere")],
+        prune=[rpc_pb2.ControlPrune(topicID="t", backoff=2**40)],
+    )
+    yield rpc_pb2.RPC(control=control).SerializeToString()
+    subscriptions = [
+        rpc_pb2.RPC.SubOpts(subscribe=True, topicid=f"{n}") for n in range(1000)
+    ]
+    yield rpc_pb2.RPC(subscriptions=subscriptions).SerializeToString()
+
+
+async def test_nasty_packets_do_not_end_gossip():
+    async with mesh(2) as ((one, mine), (two, theirs)):
+        heard = theirs.subscribe("t")
+        mine.subscribe("t")
+        await publish_until(mine, "t", (b"a%d" % n for n in range(200)), heard)
+        for packet in nasty_packets():
+            stream = await one.open_raw(two.peer_id, MESHSUB)
+            await stream.write(encode_varint_prefixed(packet))
+            await stream.close()
+        stream = await one.open_raw(two.peer_id, MESHSUB)
+        await stream.write(b"\xff" * 9 + b"\x01")  # a packet of 2^63 bytes
+        drain(heard)
+        await publish_until(mine, "t", (b"b%d" % n for n in range(200)), heard)
+        assert two.counters.snapshot().get(BUGS, 0) == 0
