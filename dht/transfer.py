@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum, auto
 
 from dht.blobs import BlobStore
@@ -41,6 +44,9 @@ class ContentLink:
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
         self._header = memoryview(bytearray(LENGTH.size))
         self._waiting: deque[int] = deque()
+        self._lock = threading.Lock()
+        self._busy = False
+        self._closing = False
 
     @property
     def waiting(self) -> int:
@@ -55,6 +61,7 @@ class ContentLink:
             RemoteProtocolError: the answer is not as long as the block.
             ResourceExhausted: the disk is full.
         """
+        self._enter()
         try:
             if blocks:
                 self._waiting.extend(blocks)
@@ -63,10 +70,34 @@ class ContentLink:
             return self._receive(self._waiting.popleft())
         except OSError as exc:
             raise Unavailable(f"content connection broke: {exc}") from exc
+        finally:
+            self._leave()
 
     def close(self) -> None:
-        """Close the socket; a blocked :meth:`exchange` ends or is abandoned."""
-        self._sock.close()
+        """Close the socket, or wake the thread inside :meth:`exchange` to close it.
+
+        A descriptor is never closed under a thread that reads it: its number may be
+        another connection's a moment later.
+        """
+        with self._lock:
+            self._closing = True
+            if not self._busy:
+                self._sock.close()
+            elif isinstance(self._sock, socket.socket):
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._closing:
+                raise Unavailable("the download ended")
+            self._busy = True
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._busy = False
+            if self._closing:
+                self._sock.close()
 
     def _receive(self, block: int) -> tuple[int, Outcome]:
         if not _fill(self._sock, self._header):

@@ -26,24 +26,6 @@ FAST = ContentConfig(
 )
 
 
-class Sock:
-    """A BulkSocket over a socketpair; close wakes a thread that is receiving."""
-
-    def __init__(self, sock):
-        self._sock = sock
-
-    def sendall(self, data, /):
-        self._sock.sendall(data)
-
-    def recv_into(self, buffer, nbytes=0, /):
-        return self._sock.recv_into(buffer, nbytes)
-
-    def close(self):
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-
-
 class Peer:
     """Rpc, BulkPaths, Gate and ContentRouting of one peer."""
 
@@ -90,7 +72,7 @@ class Peer:
         far = self.mesh.peers.get(peer)
         if far is None:
             raise Unavailable(f"no route to {peer}")
-        mine, theirs = map(Sock, socket.socketpair())
+        mine, theirs = socket.socketpair()
         thread = threading.Thread(
             target=far.bulk[service], args=(theirs, self.own), daemon=True
         )
@@ -145,9 +127,11 @@ class Mesh:
 
     def close(self):
         for thread, sock in self.threads:
-            sock.close()
+            with suppress(OSError):  # its handler closed it
+                sock.shutdown(socket.SHUT_RDWR)
             thread.join(5)
             assert not thread.is_alive()
+            sock.close()
 
 
 @pytest.fixture

@@ -92,11 +92,8 @@ def silent(peer):
 
     def wait(sock, other):
         buffer = bytearray(4096)
-        try:
-            while sock.recv_into(buffer):
-                pass
-        except OSError:
-            return
+        while sock.recv_into(buffer):
+            pass
 
     peer.bulk[BULK_SERVICE] = wait
 
@@ -330,3 +327,17 @@ def test_announcements_are_paced_and_retried():
     assert 0.9 * RETRY_SECONDS <= again - 10 <= 1.1 * RETRY_SECONDS
     core.remove(first)
     assert core.next_timeout() >= 10 + 0.9 * 3600
+
+
+@pytest.mark.slow
+async def test_a_cancelled_read_ends_and_its_thread_closes_the_socket(mesh):
+    (slow,), root = await seeds(mesh, 1)
+    silent(slow)
+    leech = await mesh.join("leech")
+    with trio.move_on_after(0.3):
+        await leech.content.fetch(root, [slow.own])
+    ((thread, _),) = mesh.threads
+    with trio.fail_after(5):
+        # the far end sees the end of the stream only if ours was shut down
+        await trio.to_thread.run_sync(thread.join)
+    assert not leech.blobs.has(root)

@@ -136,7 +136,7 @@ class SwarmMachine(RuleBasedStateMachine):
 
 
 TestSwarm = SwarmMachine.TestCase
-TestSwarm.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestSwarm.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 def make(n, **options):
