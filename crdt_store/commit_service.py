@@ -17,16 +17,16 @@ from typing import ParamSpec, TypeVar
 import trio
 
 from crdt_store.entry import Entry
-from crdt_store.replica import Changes, Replica
+from crdt_store.outcome import Changes
+from crdt_store.replica import Replica
 from crdt_store.storage import Storage
-from fabric.core.errors import FabricError
+from fabric.core.errors import FabricError, Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LOG = logging.getLogger(__name__)
 _RETRY_SECONDS = 1.0
-_CLOSE_GRACE_SECONDS = 5.0
 
 
 class Disk:
@@ -74,6 +74,7 @@ class Committer:
         self._backlog = Changes()
         self._wake = trio.Event()
         self._failing = False
+        self._closed = False
 
     def wake(self) -> None:
         """Note that the replica changed."""
@@ -86,7 +87,10 @@ class Committer:
 
         Raises:
             FabricError: the disk refused; the entry is void.
+            Unavailable: the store is closed.
         """
+        if self._closed:
+            raise Unavailable("the store is closed")
         waiting = _Waiting(entry)
         self._waiting.append(waiting)
         self._wake.set()
@@ -101,7 +105,9 @@ class Committer:
                 await self._wake.wait()
                 await trio.sleep(self._batch_seconds)
                 self._wake = trio.Event()
-                await self._flush()
+                # a batch taken out of memory must reach the disk or its writers
+                with trio.CancelScope(shield=True):
+                    await self._flush()
                 if self._failing:
                     await trio.sleep(_RETRY_SECONDS)
                     self._wake.set()

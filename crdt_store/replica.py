@@ -17,8 +17,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 from crdt_store.authority import Authority
 from crdt_store.clock import MAX_FUTURE_SECONDS, HybridClock
@@ -31,6 +29,7 @@ from crdt_store.grants import (
     is_authority_key,
 )
 from crdt_store.messages import ID_PREFIX_BYTES
+from crdt_store.outcome import Changes, Outcome
 from crdt_store.ranges import RangeIndex, position
 from crdt_store.slots import Slots, Standing
 from fabric.core.errors import RemoteProtocolError
@@ -43,53 +42,8 @@ MAX_REDEMPTION_AGE_SECONDS = 3600.0
 """A redemption shown live may be this much older than our last reconciliation."""
 
 
-class Outcome(StrEnum):
-    """What became of an offered entry."""
-
-    ACCEPTED = "accepted"
-    DUPLICATE = "duplicate"
-    OLD = "old"
-    HELD = "held"
-    """From the future: judged again when due."""
-    EQUIVOCATION = "equivocation"
-    """Its author signed two entries for one slot and clock; both kept as evidence."""
-    MALFORMED = "malformed"
-    WRONG_MESH = "wrong_mesh"
-    EXPIRED = "expired"
-    UNAUTHORISED = "unauthorised"
-    REVOKED = "revoked"
-    NO_INVITE = "no_invite"
-    INVITE_EXPIRED = "invite_expired"
-    STALE_REDEMPTION = "stale_redemption"
-    BAD_SIGNATURE = "bad_signature"
-    FULL = "full"
-
-    @property
-    def harmless(self) -> bool:
-        """Whether an honest peer offers such entries in the normal course."""
-        return self in _HARMLESS
-
-
-_HARMLESS = frozenset(
-    {Outcome.ACCEPTED, Outcome.DUPLICATE, Outcome.OLD, Outcome.HELD, Outcome.EXPIRED}
-)
 _RETRY = frozenset({Outcome.UNAUTHORISED, Outcome.NO_INVITE})
 """May become valid by another entry of the same batch."""
-
-
-@dataclass(slots=True)
-class Changes:
-    """What the disk does not hold yet.
-
-    Attributes:
-        upserts: New winners by slot.
-        deletes: Slots now empty.
-        evidence: Conflicting pairs found.
-    """
-
-    upserts: dict[Slot, Entry] = field(default_factory=dict)
-    deletes: set[Slot] = field(default_factory=set)
-    evidence: list[tuple[Entry, Entry]] = field(default_factory=list)
 
 
 class Replica:

@@ -11,42 +11,26 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import trio
 
-from crdt_store.clock import MAX_FUTURE_SECONDS, RESERVE_SECONDS, wall_seconds
+from crdt_store.administration import Administration
+from crdt_store.clock import MAX_FUTURE_SECONDS
 from crdt_store.commit_service import Committer, Disk
 from crdt_store.config import StoreConfig
 from crdt_store.entry import Entry
 from crdt_store.gossip_service import Gossip, topic_of
-from crdt_store.grants import (
-    CODEC,
-    GRANT_PREFIX,
-    KEPT_ID_BYTES,
-    MAX_KEPT,
-    REDEMPTION_PREFIX,
-    REVOCATION_PREFIX,
-    Grant,
-    Mesh,
-    Revocation,
-)
-from crdt_store.invites import make_invite
+from crdt_store.grants import GRANT_PREFIX, REDEMPTION_PREFIX, Mesh
+from crdt_store.intake_service import Intake
 from crdt_store.job_views import Assignments, Jobs
 from crdt_store.membership import Membership
-from crdt_store.replica import (
-    MAX_REDEMPTION_AGE_SECONDS,
-    Outcome,
-    Replica,
-    decode_batch_untrusted,
-)
-from crdt_store.roles import Role
+from crdt_store.replica import Replica
 from crdt_store.storage import Promise, SqliteStorage, Storage, lock_data_folder
 from crdt_store.sync_service import Reconciler, SyncReport
-from crdt_store.views import DAY_SECONDS, Heads, Members, Placements, Verdicts
+from crdt_store.views import Heads, Members, Placements, Verdicts
 from crdt_store.watch_service import Watchers
 from fabric.core.digest import digest
 from fabric.core.errors import (
@@ -56,7 +40,7 @@ from fabric.core.errors import (
     RemoteProtocolError,
     RemoteRefused,
 )
-from fabric.core.ids import PeerId, public_key_of, short
+from fabric.core.ids import PeerId
 from fabric.core.signing import Signer
 from fabric.core.telemetry import DROPPED, Counters
 from fabric.net.ports import Broadcast
@@ -64,15 +48,8 @@ from fabric.net.rpc_api import Rpc
 from fabric.net.tasks import collapse_group
 
 _LOG = logging.getLogger(__name__)
-_CHUNK = 32
-"""Entries judged between two checkpoints: 4 ms of signatures."""
 _MAX_LATER = 256
 """Writes nobody waits for (verdicts); beyond it they are dropped and counted."""
-
-REFUSED = "store_refused_total"
-"""Entries refused at the door, labelled by reason."""
-ACCEPTED = "store_accepted_total"
-"""Entries of others taken in."""
 
 
 class Store:
@@ -81,6 +58,7 @@ class Store:
     Attributes:
         mesh: Name and root key.
         authority: Roles and membership at the present moment.
+        admin: Invites, grants and revocations.
         members, jobs, assignments, heads, placements, verdicts: The typed tables.
     """
 
@@ -113,27 +91,27 @@ class Store:
             batch_seconds=config.commit_batch_seconds,
             on_committed=self._committed,
         )
+        self._intake = Intake(replica, clock, counters, self._after_change)
         self._gossip = Gossip(
-            config, self.mesh.id, broadcast, self._ingest_live, counters
+            config, self.mesh.id, broadcast, self._intake.pushed_untrusted, counters
         )
         self._pushes = broadcast.subscribe(topic_of(self.mesh.id))
         self._reconciler = Reconciler(
             config,
             replica,
             rpc,
-            self._ingest_synced,
+            self._intake.synced_untrusted,
             counters,
             rng,
             num_members=lambda: len(self.authority.members()),
-            on_synced=self._synced,
+            on_synced=self._intake.synced,
         )
         self._promises = storage.load_promises()
         self._places = trio.CapacityLimiter(config.max_pending_puts)
         self._later, self._to_put = trio.open_memory_channel[tuple[str, bytes, int]](
             _MAX_LATER
         )
-        mark = replica.clock.last
-        self._last_sync = wall_seconds(mark) - RESERVE_SECONDS if mark else None
+        self.admin = Administration(self.mesh, replica.slots, signer, self.put, clock)
         self._make_views()
 
     def _make_views(self) -> None:
@@ -220,75 +198,19 @@ class Store:
     # --- the doors
 
     def ingest_untrusted(self, raw: bytes, source: PeerId) -> bool:
-        """Take in one entry that ``source`` shows now; return whether it is new.
-
-        Redemptions must be fresh (:meth:`Replica.ingest_untrusted`).
-        """
-        return self._ingest([raw], source, self._fresh_after()) == 1
+        """Take in one entry that ``source`` shows now; return whether it is new."""
+        return self._intake.shown_untrusted([raw], source) == 1
 
     def ingest_shown_untrusted(self, raws: Sequence[bytes]) -> None:
         """Take in what a peer shows at admission; redemptions must be fresh."""
-        self._ingest(raws, None, self._fresh_after())
+        self._intake.shown_untrusted(raws)
 
     def ingest_authority_untrusted(self, raws: Sequence[bytes]) -> int:
         """Take in the authority entries of an admission reply; return how many are new.
 
         For the joiner: old redemptions are part of the mesh's state.
         """
-        return self._ingest(raws, None, None)
-
-    def _fresh_after(self) -> float | None:
-        if self._last_sync is None:
-            return None
-        return self._last_sync - MAX_REDEMPTION_AGE_SECONDS
-
-    def _ingest(
-        self, raws: Sequence[bytes], source: PeerId | None, fresh_after: float | None
-    ) -> int:
-        entries, malformed = decode_batch_untrusted(raws)
-        return self._offer(entries, malformed, source, fresh_after)
-
-    def _offer(
-        self,
-        entries: Sequence[Entry],
-        malformed: int,
-        source: PeerId | None,
-        fresh_after: float | None,
-    ) -> int:
-        outcomes = self._replica.offer_batch(
-            entries, self._clock(), fresh_after=fresh_after
-        )
-        outcomes[Outcome.MALFORMED] += malformed
-        self._count(outcomes, source)
-        self._after_change()
-        return outcomes[Outcome.ACCEPTED]
-
-    def _count(self, outcomes: Counter[Outcome], source: PeerId | None) -> None:
-        for outcome, number in outcomes.items():
-            if outcome is Outcome.ACCEPTED:
-                self._counters.add(ACCEPTED, number)
-            elif number and not outcome.harmless:
-                self._counters.add(REFUSED, number, label=outcome.value)
-                who = short(source) if source else "-"
-                _LOG.debug("store.refused peer=%s %s=%d", who, outcome.value, number)
-
-    async def _ingest_live(self, raws: Sequence[bytes], source: PeerId) -> None:
-        await self._ingest_chunks(raws, source, self._fresh_after())
-
-    async def _ingest_synced(self, raws: Sequence[bytes], source: PeerId) -> None:
-        member = self.authority.membership(source).allowed
-        # the first reconciliation of a newcomer, who knows no member yet, is bulk too
-        fresh = None if member else self._fresh_after()
-        await self._ingest_chunks(raws, source, fresh)
-
-    async def _ingest_chunks(
-        self, raws: Sequence[bytes], source: PeerId, fresh_after: float | None
-    ) -> None:
-        entries, malformed = decode_batch_untrusted(raws)
-        for at in range(0, len(entries), _CHUNK):
-            self._offer(entries[at : at + _CHUNK], 0, source, fresh_after)
-            await trio.lowlevel.checkpoint()
-        self._count(Counter({Outcome.MALFORMED: malformed}), source)
+        return self._intake.bulk_untrusted(raws)
 
     def _after_change(self) -> None:
         touched = self._replica.take_touched()
@@ -301,9 +223,6 @@ class Store:
     async def sync_with(self, peer: PeerId) -> SyncReport:
         """Reconcile with ``peer`` now (see :meth:`Reconciler.sync_with`)."""
         return await self._reconciler.sync_with(peer)
-
-    def _synced(self) -> None:
-        self._last_sync = self._clock()
 
     def state_hash(self) -> str:
         """Return a hash that is equal on replicas that offer the same entries."""
@@ -326,62 +245,6 @@ class Store:
             if entry.key.endswith(f"/{me}")
         ]
         return [entry.raw for entry in [*slots.at(GRANT_PREFIX + me), *redeemed]]
-
-    async def invite(
-        self,
-        bootstrap: Sequence[str],
-        *,
-        role: Role = Role.WORKER,
-        uses: int = 1,
-        ttl_seconds: int = DAY_SECONDS,
-    ) -> str:
-        """Return a new token (see :func:`make_invite`), valid once it spread.
-
-        Raises:
-            RemoteRefused: this peer is neither owner nor admin.
-            ConfigError: terms out of range.
-        """
-        token, entry = make_invite(
-            self._signer,
-            self.mesh,
-            bootstrap,
-            role=role,
-            uses=uses,
-            ttl_seconds=ttl_seconds,
-            now=self._clock(),
-        )
-        await self.put(entry.key, entry.value, 0)
-        return token
-
-    async def grant(self, subject: PeerId, grant: Grant) -> None:
-        """Give ``subject`` a role below ours.
-
-        Raises:
-            RemoteRefused: this peer may not.
-        """
-        public_key_of(subject)
-        await self.put(GRANT_PREFIX + subject, CODEC.encode(grant), 0)
-
-    async def revoke(self, peer: PeerId, reason: str) -> None:
-        """Void the membership of ``peer`` (or the invite key) and its later entries.
-
-        What we hold of it stays valid; anything else it wrote or will write is void,
-        whatever clock it bears.
-
-        Raises:
-            RemoteRefused: this peer may not.
-        """
-        held = self._replica.slots.authored(public_key_of(peer))
-        ids = tuple(sorted(entry.id[:KEPT_ID_BYTES] for entry in held))
-        cut = max((entry.hlc for entry in held), default=0)
-        kept = ids if len(ids) <= MAX_KEPT else None
-        record = Revocation(cut, reason[:200], kept)
-        await self.put(REVOCATION_PREFIX + peer, CODEC.encode(record), 0)
-
-    async def lift_revocation(self, peer: PeerId) -> None:
-        """Take back our revocation of ``peer``."""
-        record = Revocation(0, lifted=True)
-        await self.put(REVOCATION_PREFIX + peer, CODEC.encode(record), 0)
 
     # --- promises of the job protocol
 

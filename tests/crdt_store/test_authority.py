@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from crdt_store.clock import stamp
 from crdt_store.grants import CODEC, InviteTerms, Redemption, Revocation
 from crdt_store.invites import make_invite, parse_token_untrusted, redeem
-from crdt_store.replica import Outcome
+from crdt_store.outcome import Outcome
 from crdt_store.roles import Role, may_write
 from fabric.core.errors import ConfigError
 from fabric.core.signing import Ed25519Signer

@@ -19,8 +19,9 @@ from hypothesis.stateful import (
 from crdt_store.clock import MAX_FUTURE_SECONDS, stamp
 from crdt_store.entry import sign_entry
 from crdt_store.grants import Mesh
+from crdt_store.outcome import Outcome
 from crdt_store.reconcile import Session, answer, parse_request_untrusted
-from crdt_store.replica import Outcome, Replica
+from crdt_store.replica import Replica
 
 KEYS = [f"j/{n}/st" for n in range(4)]
 

@@ -23,6 +23,7 @@ from fabric.core.errors import (
     RemoteProtocolError,
     RemoteRefused,
     ResourceExhausted,
+    Unavailable,
 )
 from fabric.core.ids import JobId
 from fabric.core.telemetry import Counters
@@ -153,7 +154,7 @@ async def test_an_idle_mesh_is_quiet(peers, world, network, autojump_clock):
 async def test_a_joiner_becomes_a_member_everywhere(peers, world, autojump_clock):
     owner = await peers.open(world.owner)
     worker = await peers.open(world.workers[0])
-    token = await owner.invite(["/ip4/127.0.0.1/tcp/1/p2p/x"], role=Role.WORKER)
+    token = await owner.admin.invite(["/ip4/127.0.0.1/tcp/1/p2p/x"], role=Role.WORKER)
     invite = parse_token_untrusted(token)
     assert invite.mesh == world.mesh
     joiner = await peers.open(world.stranger, known=False)
@@ -171,10 +172,10 @@ async def test_a_joiner_becomes_a_member_everywhere(peers, world, autojump_clock
     await joiner.members.put(record("new"))
     await until(lambda: worker.members.get(me) == record("new"))
     assert worker.authority.membership(me).allowed
-    await owner.revoke(me, "gone")
+    await owner.admin.revoke(me, "gone")
     await until(lambda: worker.authority.membership(me).code == "E_REVOKED")
     assert worker.verdicts.revocation(me)
-    await owner.lift_revocation(me)
+    await owner.admin.lift_revocation(me)
     await until(lambda: worker.authority.membership(me).allowed)
 
 
@@ -350,3 +351,41 @@ async def test_an_error_in_the_block_is_not_wrapped(world, network):
             storage=MemoryStorage(),
         ):
             raise KeyError("mine")
+
+
+async def test_a_write_during_closing_is_on_disk_or_refused(
+    world, network, autojump_clock
+):
+    station, disk = network.station(world.owner.peer_id), MemoryStorage()
+    key = f"m/{world.owner.peer_id}"
+    outcomes: list[str] = []
+
+    async def write(store, number: int) -> None:
+        await trio.sleep(number / 100)
+        try:
+            entry = await store.put(f"j/{number}/st", b"", 0)
+        except Unavailable:
+            outcomes.append("refused")
+        else:
+            assert entry.raw in disk.load()
+            outcomes.append("kept")
+
+    async with trio.open_nursery() as nursery:
+        async with open_store(
+            StoreConfig(),
+            NOWHERE,
+            world.owner,
+            world.mesh,
+            station,
+            station,
+            lambda: world.now,
+            Counters(),
+            storage=disk,
+        ) as store:
+            store.ingest_authority_untrusted(world.authority())
+            await store.put(key, b"", 0)
+            for number in range(12):
+                nursery.start_soon(write, store, number)
+            await trio.sleep(0.055)
+    assert len(outcomes) == 12
+    assert {"kept", "refused"} == set(outcomes)
