@@ -16,7 +16,7 @@ from checkpoints.manifest_checks import load_manifest_untrusted
 from checkpoints.parts import bytes_source
 from checkpoints.reader import CheckpointReader
 from checkpoints.verification import verify_checkpoint
-from checkpoints.verified_file import BlockMismatch
+from checkpoints.verified_file import CACHED_BLOCKS, BlockCache, BlockMismatch
 from checkpoints.writer import CheckpointWriter
 from fabric.core.digest import BLOCK_BYTES
 from fabric.core.errors import ConfigError, IntegrityError
@@ -156,6 +156,33 @@ def test_a_flipped_bit_is_named_and_never_loaded(tmp_path, lab, seed):
     with CheckpointReader(tmp_path) as reader, pytest.raises(BlockMismatch) as caught:
         reader.read_tensor("model/rows")
     assert (caught.value.file, caught.value.block) == (path.name, at // BLOCK_BYTES)
+
+
+@pytest.mark.parametrize("block", range(7))
+def test_every_block_of_a_long_run_is_checked(tmp_path, block):
+    """Whole blocks go straight into the destination, four at a time."""
+    data = random.Random(1).randbytes(6 << 20)
+    with CheckpointWriter(tmp_path, 1) as writer:
+        source = bytes_source("a", "U8", (len(data),), data)
+        writer.commit([writer.write("w", [source])], state={})
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.read_tensor("a") == data
+    path = tmp_path / "step-1/w-0.safetensors"
+    spoiled = bytearray(path.read_bytes())
+    spoiled[min(block * BLOCK_BYTES + 77, len(spoiled) - 1)] ^= 1
+    path.write_bytes(spoiled)
+    with CheckpointReader(tmp_path) as reader, pytest.raises(BlockMismatch) as caught:
+        reader.read_tensor("a")
+    assert caught.value.block == block
+
+
+def test_the_cache_of_blocks_is_bounded():
+    cache = BlockCache()
+    for block in range(CACHED_BLOCKS + 1):
+        cache.put("f", block, bytearray(1))
+        assert cache.get("f", 0) is not None  # used all the time
+    assert cache.get("f", 1) is None  # the one used longest ago
+    assert cache.get("f", CACHED_BLOCKS) is not None
 
 
 def test_flipped_bits_in_a_partly_read_block_are_seen(tmp_path, lab):

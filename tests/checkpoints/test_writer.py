@@ -95,6 +95,30 @@ def test_parts_travel_as_bytes(tmp_path):
         assert reader.read_tensor("a") == b"abcdef"
 
 
+def test_the_order_of_the_parts_does_not_matter(tmp_path):
+    roots = set()
+    for name, order in (("a", (0, 1)), ("b", (1, 0))):
+        with CheckpointWriter(tmp_path / name, 1) as writer:
+            parts = [
+                writer.write(
+                    f"w{row}",
+                    [bytes_source("a", "U8", (2, 3), b"abc", Box((row, 0), (1, 3)))],
+                )
+                for row in (0, 1)
+            ]
+            roots.add(writer.commit([parts[k] for k in order], state={}))
+    assert len(roots) == 1
+
+
+def test_what_a_crashed_save_left_is_removed(tmp_path, lab):
+    (tmp_path / "step-1.tmp").mkdir()
+    (tmp_path / "step-1.tmp/rank0-0.safetensors").write_bytes(b"half")
+    (tmp_path / "latest.tmp").write_bytes(b"half")
+    lab.save(tmp_path)
+    assert names_in(tmp_path) == ["latest", "step-1"]
+    assert verify_checkpoint(tmp_path).findings == []
+
+
 def test_large_parts_are_cut_into_files(tmp_path):
     sources = [bytes_source(f"t{k}", "U8", (10,), bytes([k] * 10)) for k in range(5)]
     with CheckpointWriter(tmp_path, 1) as writer:
