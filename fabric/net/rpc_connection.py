@@ -70,6 +70,7 @@ class RpcConnection:
         self._callers: dict[int, trio.lowlevel.Task] = {}
         self._handlers: dict[int, trio.CancelScope] = {}
         self._writer = trio.lowlevel.ParkingLot()
+        self._writer_parked = False
         self._timer = trio.lowlevel.ParkingLot()
         self._armed = 0.0
         self._nursery: trio.Nursery | None = None
@@ -131,14 +132,14 @@ class RpcConnection:
             deadline = now + self._config.call_timeout_seconds
         call = self._core.request(method, request, deadline, now)
         self._callers[call] = trio.lowlevel.current_task()
-        self._writer.unpark()
+        self._wake_writer()
         if deadline < self._armed:
             self._timer.unpark()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._callers.pop(call, None)
             self._core.cancel(call)
-            self._writer.unpark()
+            self._wake_writer()
             return trio.lowlevel.Abort.SUCCEEDED
 
         answer: bytes = await trio.lowlevel.wait_task_rescheduled(abort)
@@ -150,7 +151,7 @@ class RpcConnection:
             self._core.respond(call, payload)
         except ResourceExhausted as exc:
             self.end(exc)
-        self._writer.unpark()
+        self._wake_writer()
 
     def refuse(self, call: int, error: FabricError) -> None:
         """Decline the peer's call."""
@@ -158,7 +159,7 @@ class RpcConnection:
             self._core.refuse(call, error)
         except ResourceExhausted as exc:
             self.end(exc)
-        self._writer.unpark()
+        self._wake_writer()
 
     def start_handler(
         self,
@@ -222,11 +223,12 @@ class RpcConnection:
                         if (scope := self._handlers.pop(call, None)) is not None:
                             scope.cancel()
             if self._core.has_output:
-                self._writer.unpark()
+                self._wake_writer()
 
     async def _write(self) -> None:
         while True:
             if not self._core.has_output:
+                self._writer_parked = True
                 await self._writer.park()
             output = self._core.take_output()
             with memoryview(output) as view:
@@ -249,7 +251,12 @@ class RpcConnection:
             if self._core.is_drained(now):
                 raise Unavailable("another connection replaced this one")
             if self._core.has_output:
-                self._writer.unpark()
+                self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self._writer_parked:
+            self._writer_parked = False
+            self._writer.unpark()
 
     def _wake_caller(
         self, call: int, result: outcome.Value[object] | outcome.Error

@@ -181,7 +181,7 @@ class RpcCore:
         if call in self._serving:
             self._check_room(len(payload))
             self._serving.discard(call)
-            self._queue(Kind.RESPONSE, call, payload)
+            self._queue(Kind.RESPONSE, call, b"", payload)
 
     def refuse(self, call: int, error: FabricError) -> None:
         """Queue a refusal of the peer's call, unless the peer cancelled it.
@@ -349,10 +349,13 @@ class RpcCore:
         else:
             self.rtt_seconds += _RTT_GAIN * (sample - self.rtt_seconds)
 
-    def _queue(self, kind: Kind, call: int, *parts: bytes) -> None:
-        size = _AFTER_LENGTH + sum(map(len, parts))
-        self._output.append(_HEADER.pack(size, kind, call))
-        self._output.extend(parts)
+    def _queue(
+        self, kind: int, call: int, head: bytes = b"", body: bytes = b""
+    ) -> None:
+        size = _AFTER_LENGTH + len(head) + len(body)
+        self._output.append(_HEADER.pack(size, kind, call) + head)
+        if body:
+            self._output.append(body)  # not copied until all is joined
         self._queued_bytes += size + 4
 
     def _check_room(self, size: int) -> None:
