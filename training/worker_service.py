@@ -113,6 +113,12 @@ class LiveWorker:
         self._broken: dict[PeerId, trio.Event] = {}
         self._unreachable: frozenset[PeerId] = frozenset()
         self._ended: WorkerEnded | None = None
+        self._pid: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker, once it is started."""
+        return self._pid
 
     async def tell(self, command: Command) -> None:
         """Queue a command for the worker; nothing happens once it has ended."""
@@ -127,6 +133,7 @@ class LiveWorker:
         )
         try:
             async with open_worker("training.worker", [], limits) as link:
+                self._pid = link.pid
                 with trio.fail_after(self._config.start_seconds):
                     await self._start(link)
                 await self._serve(link)

@@ -1,6 +1,5 @@
 """Real worker processes; the test is their daemon and coordinator (see conftest)."""
 
-
 import pytest
 
 from training.messages import (

@@ -27,6 +27,7 @@ Request = StateListRequest | StateBlockRequest
 class _Source:
     ready: bool = False
     refused: bool = False
+    slow: int = 0
     waiting: dict[int, float] = field(default_factory=dict)
 
 
@@ -84,10 +85,14 @@ class StateFetch:
         """Yield what to ask of whom at ``now`` (monotonic seconds)."""
         for source in self._sources.values():
             if any(deadline <= now for deadline in source.waiting.values()):
+                source.slow += 1
                 self._release(source)
-        # Least loaded first, so that the blocks spread over the sources.
+        # Least often slow, then least loaded: blocks spread over the sources, and a
+        # silent one is not asked for the same block again and again.
         while self._missing and (ready := self._askable()):
-            peer, source = min(ready, key=lambda item: (len(item[1].waiting), item[0]))
+            peer, source = min(
+                ready, key=lambda item: (item[1].slow, len(item[1].waiting), item[0])
+            )
             index = self._missing.pop(0)
             source.waiting[index] = now + self._patience
             yield peer, self._request(index)

@@ -121,8 +121,9 @@ class Participant:
             self._advance()
             self._take_state()
             self._report_round()
-            self._report_links(time.monotonic())
-        self._report_links(float("inf"))
+            if time.monotonic() >= self._next_link_report:
+                self._report_links()
+        self._report_links()
         self._exchange.close()
 
     def _drain(self) -> None:
@@ -298,6 +299,7 @@ class Participant:
         return loss
 
     def _finish(self, held: StateHeld) -> None:
+        self._report_links()
         self._tell(
             Finished(
                 {
@@ -349,10 +351,8 @@ class Participant:
             self._reported = report
             self._tell(RoundReported(report))
 
-    def _report_links(self, now: float) -> None:
-        if now < self._next_link_report:
-            return
-        self._next_link_report = now + LINK_REPORT_SECONDS
+    def _report_links(self) -> None:
+        self._next_link_report = time.monotonic() + LINK_REPORT_SECONDS
         for peer, moved in self._exchange.link_bytes().items():
             path = self._exchange.path(peer)
             self._tell(LinkMoved(peer, path, moved.sent, moved.received))
