@@ -36,6 +36,7 @@ from attestation.software import (
     Severity,
     accepted,
     appraise_untrusted,
+    incriminating,
     make_evidence,
 )
 from attestation.states import Tier
@@ -47,6 +48,9 @@ from fabric.net.ports import Decision
 E_WRONG_MESH = "E_WRONG_MESH"
 E_NOT_ADMITTED = "E_NOT_ADMITTED"
 E_NOT_ATTESTED = "E_NOT_ATTESTED"
+E_CHANNEL_CHANGED = "E_CHANNEL_CHANGED"
+CHANNEL_RETRY_SECONDS = 1.0
+"""By then two connections that opened at once are one."""
 JOIN_STEP = "ask an admin for `fabric mesh invite` and run `fabric join TOKEN`"
 
 
@@ -158,6 +162,13 @@ class VerifierExchange:
         """Return the verdict to send."""
         self._take(_Step.VERDICT, _Step.DONE)
         if not accepted(findings):
+            if not incriminating(findings):
+                return Refused(
+                    E_CHANNEL_CHANGED,
+                    summary(findings),
+                    "try again",
+                    CHANNEL_RETRY_SECONDS,
+                )
             return Refused(
                 E_NOT_ATTESTED,
                 f"evidence refused: {summary(findings)}"[:500],

@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from attestation.admission import (
+    E_CHANNEL_CHANGED,
     E_NOT_ADMITTED,
     E_NOT_ATTESTED,
     JoinerExchange,
@@ -174,6 +175,8 @@ class AdmissionExchanges:
         findings = exchange.appraise(admitted)
         self._judge(peer, findings, admitted.evidence)
         if not accepted(findings):
+            if not incriminating(findings):
+                raise Unavailable(summary(findings), code=E_CHANNEL_CHANGED)
             raise IntegrityError(
                 f"the peer's own evidence does not hold: {summary(findings)}",
                 code=E_NOT_ATTESTED,

@@ -123,8 +123,9 @@ async def test_a_verifier_that_is_no_member_is_not_believed(pair):
 async def test_a_relayed_exchange_is_refused_but_accuses_nobody(pair):
     joiner, verifier = pair
     joiner.host.bindings[verifier.peer] = b"\1" * 32
-    with pytest.raises(RemoteRefused, match="another connection"):
+    with pytest.raises(RemoteRefused, match="another connection") as refused:
         await joiner.service.seek(verifier.peer)
+    assert refused.value.retry_after_seconds > 0
     assert verifier.state(joiner) is State.UNKNOWN
     assert verifier.verdicts.recorded == []
 
