@@ -54,7 +54,6 @@ class Coordinator:
         self._held: dict[PeerId, tuple[int, str]] = {}
         self._boundary_at: float | None = None
         self._refused_savers: set[PeerId] = set()
-        self.asked_saver: PeerId | None = None
 
     @property
     def participants(self) -> Peers:

@@ -18,7 +18,7 @@ The fencing epoch of a generation is (counter, hash); whoever acts checks it.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -294,7 +294,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
 
     job: Job
     counter: Count
-    state: Annotated[str, msgspec.Meta(max_length=16)]
+    state: Literal["done", "failed", "cancelled"]
     reason: Reason = ""
 
 

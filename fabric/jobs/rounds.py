@@ -13,6 +13,7 @@ is named *behind*, and must fetch the next state.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class RoundTable:
             round=report.round,
             holds=holds,
             tokens=report.tokens,
-            loss=report.loss,
+            loss=report.loss if math.isfinite(report.loss) else 0.0,
             broken=report.broken,
         )
         if peer in holds:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Literal
 
 from msgspec.structs import replace
 
 from fabric.core.errors import IntegrityError, RemoteProtocolError
 from fabric.core.ids import JobId, PeerId, short
 from fabric.core.signing import Signer, seal
-from fabric.jobs.coordinator import Coordinator, max_participants
+from fabric.jobs.chair import Chair, Upward
+from fabric.jobs.coordinator import max_participants
 from fabric.jobs.effects import (
     Apply,
     Decide,
-    Diverged,
     Effect,
     Ended,
     Outputs,
@@ -81,8 +82,11 @@ RETRY = ("E_NOT_YET", "E_BUSY", "E_UNKNOWN_JOB")
 MAX_WORKER_FAILURES = 3
 """After so many failed workers this peer no longer asks to take part."""
 
-Upward = RoundReport | StateHeld | PeerFacts | Saved | Join | Leave
-"""What participants and newcomers tell the coordinator."""
+END: dict[JobState, Literal["done", "failed", "cancelled"]] = {
+    JobState.DONE: "done",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "cancelled",
+}
 
 
 def genesis_of(job: JobId, spec: JobSpec) -> Generation:
@@ -125,7 +129,7 @@ class Seat:
         self.reason = ""
         self._liveness = Liveness(self._patience)
         self._succession = Succession(self.me, self._patience, rng, now)
-        self._role: Coordinator | None = None
+        self._chair: Chair | None = None
         self._members: frozenset[PeerId] = frozenset()
         self._joins = False
         self._join_due = now
@@ -135,7 +139,6 @@ class Seat:
         self._held = Held()
         self._decided = -1
         self._busy: tuple[int, float] | None = None
-        self._beat_due = now
         self._facts: dict[str, str | int | float | bool] = {}
         self._facts_due = now
         self._saving = False
@@ -156,7 +159,7 @@ class Seat:
     @property
     def coordinates(self) -> bool:
         """Whether we coordinate the newest generation and may act."""
-        return self._role is not None and not self.acceptor.fenced
+        return self._chair is not None and not self.acceptor.fenced
 
     @property
     def takes_part(self) -> bool:
@@ -183,12 +186,10 @@ class Seat:
         """Return why nothing happens, or None."""
         if self.over:
             return None
-        if self._role is not None:
-            return (
-                self._quorum_pause(now)
-                or self._role.waiting()
-                or self._succession.blocked
-            )
+        if self._chair is not None:
+            missing = self._missing(now)
+            pause = no_quorum(missing) if missing else self._chair.role.waiting()
+            return pause or self._succession.blocked
         return self._succession.blocked
 
     def status(self, now: float) -> JobStatus:
@@ -317,8 +318,7 @@ class Seat:
             case Save():
                 return self._on_save(sender, message)
             case Finished():
-                self._adopt_end(JobState(message.state), message.reason)
-                return Done()
+                return self._on_finished(sender, message)
             case RoundReport() | StateHeld() | PeerFacts() | Saved() | Join() | Leave():
                 return self._coordinate(sender, message, now)
             case Ack() | Nack() | Standing() | Done():
@@ -412,36 +412,14 @@ class Seat:
 
     def _coordinate(self, sender: PeerId, message: Upward, now: float) -> JobMessage:
         """Take a participant's message as coordinator."""
-        role, mine = self._role, self.committed.counter
+        mine = self.committed.counter
         counter = mine if isinstance(message, Join | Leave) else message.counter
         if counter > mine:
             return self.acceptor.refuse("E_NOT_YET", f"epoch {counter} is unknown here")
-        if role is None or counter < mine:
+        if self._chair is None or counter < mine:
             return self.acceptor.refuse("E_NOT_COORDINATOR", "not under this epoch")
-        match message:
-            case RoundReport():
-                role.report(sender, message, now)
-            case StateHeld():
-                self._coordinate_held(role, sender, message)
-            case PeerFacts():
-                self.ledger.peer_facts(sender, message.facts)
-            case Saved():
-                self._on_saved(role, sender, message, now)
-            case Join():
-                role.join(sender)
-            case Leave():
-                role.leave(sender, failed=message.failed)
+        self._chair.take(sender, message, now)
         return Done()
-
-    def _coordinate_held(
-        self, role: Coordinator, sender: PeerId, held: StateHeld
-    ) -> None:
-        if wrong := role.held(sender, held):
-            self._effects.append(Diverged(wrong))
-            self._record("diverged", sender, {"round": held.round, "peers": wrong})
-        if self.ledger.held(held) and held.validation_loss is not None:
-            facts = {"round": held.round, "validation_loss": held.validation_loss}
-            self._record("validated", sender, dict(facts))
 
     # -- answers to what we sent
 
@@ -518,10 +496,11 @@ class Seat:
             {
                 "counter": generation.counter,
                 "participants": len(generation.participants),
+                "peers": names_of(generation.participants),
                 "round": generation.base_round,
             },
         )
-        if self._role is not None:
+        if self._chair is not None:
             self._effects.append(Publish(generation))
         if not self.takes_part:
             if self.me not in generation.participants:
@@ -529,6 +508,8 @@ class Seat:
                 self._effects.append(Retire())
             return
         self._effects.append(Apply(generation))
+        if self._leaving:
+            self._tell("leave", Leave(self.job), now)
         base = (generation.base_round, generation.state_digest)
         if self._held.has_state and base == (self._held.round, self._held.digest):
             counter, (at, digest) = generation.counter, base
@@ -537,8 +518,19 @@ class Seat:
     def _take_role(self, now: float) -> None:
         generation = self.committed
         mine = generation.coordinator == self.me and not self.acceptor.fenced
-        self._role = Coordinator(generation, self.spec, now) if mine else None
+        self._chair = self._take_chair(now) if mine else None
         self._liveness.watch(electors(generation) - {self.me} if mine else (), now)
+
+    def _take_chair(self, now: float) -> Chair:
+        return Chair(
+            self.me,
+            self.committed,
+            self.spec,
+            ledger=self.ledger,
+            outbox=self._outbox,
+            effects=self._effects,
+            now=now,
+        )
 
     # -- time
 
@@ -559,7 +551,8 @@ class Seat:
                     sends.append((peer, message))
             if not self.over:
                 self._conclude_campaign(now)
-        effects, self._effects = tuple(self._effects), []
+        effects = tuple(self._effects)
+        self._effects.clear()  # shared with the chair: never another list
         return Outputs(effects, tuple(sends))
 
     def _outgoing(self, now: float) -> list[tuple[PeerId, JobMessage]]:
@@ -569,8 +562,8 @@ class Seat:
     def _tick(self, now: float) -> None:
         self._conclude_campaign(now)
         self._send_facts(now)
-        if self._role is not None:
-            self._coordinate_tick(self._role, now)
+        if self._chair is not None:
+            self._coordinate_tick(self._chair, now)
         elif self.me in self.committed.participants:
             self._candidate_tick(now)
         if not self.over:
@@ -583,8 +576,8 @@ class Seat:
             due.append(outgoing)
         if (campaign := self._succession.campaign) is not None:
             due.append(campaign.deadline)
-        if self._role is not None:
-            deadline = self._role.table.deadline()
+        if self._chair is not None:
+            deadline = self._chair.role.table.deadline()
             if deadline is not None and deadline > now:
                 due.append(deadline)
         return min(due)
@@ -620,7 +613,7 @@ class Seat:
         self._join_due = now + self._patience
         target = self._join_hint or self.committed.coordinator
         if target == self.me or self.committed.coordinator == self.me:
-            if self._role is not None:
+            if self._chair is not None:
                 self._coordinate(self.me, Join(self.job), now)
             return
         self._outbox.put(target, "join", Join(self.job), now)
@@ -666,87 +659,37 @@ class Seat:
 
     # -- coordinator
 
-    def _live(self, now: float) -> frozenset[PeerId]:
-        lost = self._liveness.lost(now)
-        return frozenset(self.committed.participants) - lost
-
-    def _quorum_pause(self, now: float) -> Pause | None:
-        missing = self._missing(now)
-        return no_quorum(missing) if missing else None
-
     def _missing(self, now: float) -> tuple[PeerId, ...]:
         """Return the lost electors, if those we hear are no majority."""
         group, lost = electors(self.committed), self._liveness.lost(now)
         return () if has_majority(group, group - lost) else tuple(sorted(lost))
 
-    def _coordinate_tick(self, role: Coordinator, now: float) -> None:
-        if now >= self._beat_due and not role.genesis:
-            self._beat_due = now + self._patience / 4
-            missing = self._missing(now)
-            beat = Beat(
-                self.job,
-                self.committed.counter,
-                role.table.round,
-                missing,
-                self.ledger.totals(),
-            )
-            for peer in electors(self.committed) - {self.me}:
-                self._outbox.put(peer, "beat", beat, now)
-        live = self._live(now)
-        if self._quorum_pause(now) is not None:
+    def _coordinate_tick(self, chair: Chair, now: float) -> None:
+        role, missing = chair.role, self._missing(now)
+        chair.beat(missing, now)
+        if missing:
             return
-        fenced = (
-            self.acceptor.fenced
-            or self._succession.highest_seen > self.committed.counter
-        )
+        live = frozenset(self.committed.participants) - self._liveness.lost(now)
+        seen = max(self.acceptor.promised, self._succession.highest_seen)
+        fenced = seen > self.committed.counter
         why = "a later epoch was promised" if fenced else role.change_wanted(live, now)
         if why:
             lost = () if role.genesis else self._liveness.lost(now)
             wanted = tuple(p for p in role.wanted() if p not in lost)
             self._start_campaign(now, wanted)
         elif self._succession.campaign is None:
-            self._decide(role, live, now)
-
-    def _decide(self, role: Coordinator, live: frozenset[PeerId], now: float) -> None:
-        closed = role.decide(live, now)
-        if closed is not None:
-            decision = replace(closed.decision, tokens_before=self.ledger.tokens)
-            self._record("round", self.me, self.ledger.closed(closed))
-            for peer in self.committed.participants:
-                self._outbox.put(peer, "decision", decision, now)
-        elif role.finished(live - role.broken):
-            self._complete(role, live - role.broken, now)
-
-    def _complete(self, role: Coordinator, live: frozenset[PeerId], now: float) -> None:
-        saver = role.saver(live)
-        if saver is None:
-            self._end(Trigger.BROKE, "no participant could write the checkpoint", now)
-        elif saver != role.asked_saver:
-            role.asked_saver = saver
-            self.ledger.put("parameter_digest", role.final_digest(live))
-            self.ledger.put("peers_equal", len(live))
-            save = Save(self.job, self.committed.counter, self.rounds)
-            self._outbox.put(saver, "save", save, now)
-
-    def _on_saved(
-        self, role: Coordinator, sender: PeerId, saved: Saved, now: float
-    ) -> None:
-        if sender != role.asked_saver:
-            return
-        if not saved.root:
-            role.save_failed(sender)
-            self._record("save_failed", sender, {"reason": saved.reason})
-            return
-        self.ledger.put("checkpoint", saved.root)
-        self.ledger.put("rounds", self.rounds)
-        self._end(Trigger.COMPLETED, "", now)
+            chair.decide(live, now)
+        if chair.verdict is not None:
+            self._end(*chair.verdict, now)
 
     # -- the end
 
     def _end(self, trigger: Trigger, reason: str, now: float) -> None:
         """End the job as its coordinator and tell everybody."""
         state = advance(self.state, trigger)
-        tell = self._audience() | (self._role.joiners.keys() if self._role else set())
+        tell = self._audience() | (
+            self._chair.role.joiners.keys() if self._chair else set()
+        )
         self._outbox.clear()
         self._adopt_end(state, reason)
         self._effects.append(Publish())
@@ -754,14 +697,22 @@ class Seat:
             self._outbox.put(peer, "finished", self._finished(), now)
 
     def _finished(self) -> Finished:
-        counter, state = self.committed.counter, self.state.value
-        return Finished(self.job, counter, state, self.reason[:500])
+        return Finished(
+            self.job, self.committed.counter, END[self.state], self.reason[:500]
+        )
+
+    def _on_finished(self, sender: PeerId, finished: Finished) -> JobMessage:
+        behind = finished.counter > self.committed.counter
+        if not behind and sender != self.committed.coordinator:
+            return self.acceptor.refuse("E_STALE", f"{short(sender)} does not decide")
+        self._adopt_end(JobState(finished.state), finished.reason)
+        return Done()
 
     def _adopt_end(self, state: JobState, reason: str) -> None:
         if self.over or not is_over(state):
             return
         self.state, self.reason = state, reason
-        self._succession.campaign, self._role = None, None
+        self._succession.campaign, self._chair = None, None
         self._outbox.clear()
         self._record(state.value, self.me, {"reason": reason} if reason else {})
         self._effects += [Retire(), Ended(state)]
@@ -773,3 +724,8 @@ class Seat:
         facts: dict[str, str | int | float | bool],
     ) -> None:
         self._effects.append(Recorded(kind, peer, facts))
+
+
+def names_of(peers: Sequence[PeerId]) -> str:
+    """Return the short ids of up to MAX_NAMED ``peers``, joined by commas."""
+    return ",".join(short(peer) for peer in peers[:MAX_NAMED])

@@ -1,0 +1,144 @@
+"""The coordinator's desk: messages in, decisions and orders out, the books kept.
+
+:class:`Coordinator` decides; the chair hands its decisions to the outbox, notes numbers
+and events, and says when the job is over.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from fabric.core.ids import PeerId
+from fabric.jobs.coordinator import Coordinator
+from fabric.jobs.effects import Diverged, Effect, Fact, Recorded
+from fabric.jobs.ledger import Ledger
+from fabric.jobs.messages import (
+    Beat,
+    Generation,
+    Join,
+    Leave,
+    PeerFacts,
+    RoundReport,
+    Save,
+    Saved,
+    StateHeld,
+)
+from fabric.jobs.outbox import Outbox
+from fabric.jobs.quorum import electors
+from fabric.jobs.spec import JobSpec
+from fabric.jobs.states import Trigger
+
+Upward = RoundReport | StateHeld | PeerFacts | Saved | Join | Leave
+"""What participants and newcomers tell the coordinator."""
+
+
+class Chair:
+    """Coordinate one generation.
+
+    Args:
+        me: This peer, which the generation names as coordinator.
+        generation: It.
+        spec: The job's spec.
+        ledger: The job's numbers.
+        outbox: Where orders go.
+        effects: Where events go.
+        now: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        me: PeerId,
+        generation: Generation,
+        spec: JobSpec,
+        *,
+        ledger: Ledger,
+        outbox: Outbox,
+        effects: list[Effect],
+        now: float,
+    ) -> None:
+        self._me, self._generation, self._spec = me, generation, spec
+        self._ledger, self._outbox, self._effects = ledger, outbox, effects
+        self.role = Coordinator(generation, spec, now)
+        self._beat_due = now
+        self._asked_saver: PeerId | None = None
+        self.verdict: tuple[Trigger, str] | None = None
+
+    def take(self, sender: PeerId, message: Upward, now: float) -> None:
+        """Take a message of this epoch."""
+        role = self.role
+        match message:
+            case RoundReport():
+                role.report(sender, message, now)
+            case StateHeld():
+                self._on_held(sender, message)
+            case PeerFacts():
+                self._ledger.peer_facts(sender, message.facts)
+            case Saved():
+                self._on_saved(sender, message)
+            case Join():
+                role.join(sender)
+            case Leave():
+                role.leave(sender, failed=message.failed)
+
+    def _on_held(self, sender: PeerId, held: StateHeld) -> None:
+        if wrong := self.role.held(sender, held):
+            self._effects.append(Diverged(wrong))
+            self._record("diverged", sender, {"round": held.round, "peers": wrong})
+        if self._ledger.held(held) and held.validation_loss is not None:
+            facts = {"round": held.round, "validation_loss": held.validation_loss}
+            self._record("validated", sender, dict(facts))
+
+    def beat(self, missing: tuple[PeerId, ...], now: float) -> None:
+        """Tell the others that we live, if it is time to."""
+        if now < self._beat_due or self.role.genesis:
+            return
+        self._beat_due = now + self._spec.fault.patience_seconds / 4
+        generation = self._generation
+        beat = Beat(
+            generation.job,
+            generation.counter,
+            self.role.table.round,
+            missing,
+            self._ledger.totals(),
+        )
+        for peer in electors(generation) - {self._me}:
+            self._outbox.put(peer, "beat", beat, now)
+
+    def decide(self, live: frozenset[PeerId], now: float) -> None:
+        """Decide the round, or complete the job, if either can be done now."""
+        closed = self.role.decide(live, now)
+        working = live - self.role.broken
+        if closed is not None:
+            decision = replace(closed.decision, tokens_before=self._ledger.tokens)
+            self._record("round", self._me, self._ledger.closed(closed))
+            for peer in self._generation.participants:
+                self._outbox.put(peer, "decision", decision, now)
+        elif self.role.finished(working):
+            self._complete(working, now)
+
+    def _complete(self, live: frozenset[PeerId], now: float) -> None:
+        saver = self.role.saver(live)
+        if saver is None:
+            reason = "no participant could write the checkpoint"
+            self.verdict = (Trigger.BROKE, reason)
+        elif saver != self._asked_saver:
+            self._asked_saver = saver
+            self._ledger.put("parameter_digest", self.role.final_digest(live))
+            self._ledger.put("peers_equal", len(live))
+            rounds = self.role.table.round
+            save = Save(self._generation.job, self._generation.counter, rounds)
+            self._outbox.put(saver, "save", save, now)
+
+    def _on_saved(self, sender: PeerId, saved: Saved) -> None:
+        if sender != self._asked_saver:
+            return
+        if not saved.root:
+            self.role.save_failed(sender)
+            self._record("save_failed", sender, {"reason": saved.reason})
+            return
+        self._ledger.put("checkpoint", saved.root)
+        self._ledger.put("rounds", saved.round)
+        self.verdict = (Trigger.COMPLETED, "")
+
+    def _record(self, kind: str, peer: PeerId, facts: dict[str, Fact]) -> None:
+        self._effects.append(Recorded(kind, peer, facts))
