@@ -112,10 +112,8 @@ class Committer:
                     await trio.sleep(_RETRY_SECONDS)
                     self._wake.set()
         finally:
-            with (
-                trio.CancelScope(shield=True),
-                trio.move_on_after(_CLOSE_GRACE_SECONDS),
-            ):
+            self._closed = True
+            with trio.CancelScope(shield=True):
                 await self._flush()
 
     async def _flush(self) -> None:
