@@ -28,7 +28,7 @@ from fabric.net.rpc_api import Rpc
 from fabric.net.tasks import collapse_group
 from inference import openai_api as api
 from inference.config import InferenceConfig
-from inference.messages import ServedModel
+from inference.messages import Finish, ServedModel
 from inference.service import ServeService
 from inference.session_service import GatewaySessions, Generation
 from inference.text import TextStream
@@ -37,6 +37,11 @@ _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 ]
+
+
+Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""What Starlette runs: a response, or a :class:`Reply`."""
+Handler = Callable[[Request], Awaitable[Answer]]
 
 
 class Gateway:
@@ -66,10 +71,8 @@ class Gateway:
             exception_handlers={404: _no_route, 405: _no_route},
         )
 
-    def _guard(
-        self, handler: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
-        async def guarded(request: Request) -> Response:
+    def _guard(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Answer:
             try:
                 self._authorize(request)
                 return await handler(request)
@@ -103,7 +106,7 @@ class Gateway:
             )
         return model
 
-    async def _generate(self, request: Request, *, chat: bool) -> Response:
+    async def _generate(self, request: Request, *, chat: bool) -> Answer:
         wanted = api.parse_untrusted(await self._body(request), chat=chat)
         model = await self._find(wanted.model)
         sampling = api.sampling_of(
@@ -122,7 +125,7 @@ class Gateway:
         return bytes(body)
 
 
-class Reply(Response):
+class Reply:
     """Answers while tokens come, and ends the session when the client goes away."""
 
     def __init__(
@@ -131,7 +134,6 @@ class Reply(Response):
         request: api.GenerationRequest,
         replies: api.Replies,
     ) -> None:
-        super().__init__()
         self._generation = generation
         self._request = request
         self._replies = replies
@@ -262,5 +264,5 @@ def _error(error: api.ApiError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
-def _finish(finish: str) -> api.Finish:
+def _finish(finish: str) -> Finish:
     return "length" if finish == "length" else "stop"

@@ -301,6 +301,9 @@ def model_entry(name: str) -> dict[str, object]:
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(body)
+        # JSON can name half a surrogate pair, which no UTF-8 can: neither a prompt nor
+        # our own answer about it could be encoded.
+        json.dumps(raw, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as exc:
         raise ApiError(400, f"the body is not JSON: {exc}") from exc
     if not isinstance(raw, dict):

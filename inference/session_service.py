@@ -61,6 +61,7 @@ class GatewaySessions:
         self._service = service
         self._open: dict[str, Generation] = {}
         self._asked: dict[str, ServedModel] = {}
+        self._asking = trio.Lock()
         self._asked_at = -_MODELS_FRESH_SECONDS
 
     def register(self) -> None:
@@ -74,13 +75,13 @@ class GatewaySessions:
 
     async def models(self) -> dict[str, ServedModel]:
         """Return what can be served, by name: here, or at a connected peer."""
-        if trio.current_time() - self._asked_at >= _MODELS_FRESH_SECONDS:
-            self._asked_at = trio.current_time()
-            found: dict[str, ServedModel] = {}
-            async with trio.open_nursery() as nursery:
-                for peer in self._rpc.connected():
-                    nursery.start_soon(self._ask, peer, found)
-            self._asked = found
+        async with self._asking:  # whoever comes meanwhile waits for the answers
+            if trio.current_time() - self._asked_at >= _MODELS_FRESH_SECONDS:
+                found: dict[str, ServedModel] = {}
+                async with trio.open_nursery() as nursery:
+                    for peer in self._rpc.connected():
+                        nursery.start_soon(self._ask, peer, found)
+                self._asked, self._asked_at = found, trio.current_time()
         return self._asked | {model.name: model for model in self._service.models()}
 
     async def start(

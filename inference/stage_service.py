@@ -188,10 +188,13 @@ class StageRunner:
         key = (gateway, request.session)
         if key in self._live:
             raise ConfigError("a session of this name is running", code="E_SESSION")
+        start = Start(request.session, gateway, request.prompt, request.sampling)
         self._live.add(key)
-        await self._send(
-            Start(request.session, gateway, request.prompt, request.sampling)
-        )
+        try:
+            await self._send(start)
+        except FabricError:
+            self._live.discard(key)
+            raise
 
     async def stop(self, gateway: PeerId, session: str) -> None:
         """End a session; unknown ones are already over."""
