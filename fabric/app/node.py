@@ -113,7 +113,7 @@ class Node:
             raise ConfigError(
                 f"no role {role!r}", next_step="worker, client, relay or verifier"
             ) from None
-        return await session.store.invite(
+        return await session.store.admin.invite(
             session.host.addrs()[:8],
             role=wanted,
             uses=uses,

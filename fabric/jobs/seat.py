@@ -14,7 +14,7 @@ acks never lie about it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from msgspec.structs import replace
@@ -79,6 +79,8 @@ from fabric.jobs.succession import Succession, no_quorum
 RETRY = ("E_NOT_YET", "E_BUSY", "E_UNKNOWN_JOB")
 """Refusals that end by themselves: the receiver is about to learn what it lacks."""
 
+MAX_NAMED = 64
+"""Participants named in an event: 9 characters each."""
 MAX_WORKER_FAILURES = 3
 """After so many failed workers this peer no longer asks to take part."""
 
@@ -311,6 +313,21 @@ class Seat:
                 return self._on_commit(message, now)
             case Inquire():
                 return self._standing(message.counter, now)
+            case Beat() | RoundDecision() | Save() | Finished():
+                return self._obey(sender, message, now)
+            case RoundReport() | StateHeld() | PeerFacts() | Saved() | Join() | Leave():
+                return self._coordinate(sender, message, now)
+            case Ack() | Nack() | Standing() | Done():
+                raise RemoteProtocolError(f"{type(message).__name__} is an answer")
+
+    def _obey(
+        self,
+        sender: PeerId,
+        message: Beat | RoundDecision | Save | Finished,
+        now: float,
+    ) -> JobMessage:
+        """Take a message that only a coordinator sends."""
+        match message:
             case Beat():
                 return self._on_beat(sender, message, now)
             case RoundDecision():
@@ -319,10 +336,6 @@ class Seat:
                 return self._on_save(sender, message)
             case Finished():
                 return self._on_finished(sender, message)
-            case RoundReport() | StateHeld() | PeerFacts() | Saved() | Join() | Leave():
-                return self._coordinate(sender, message, now)
-            case Ack() | Nack() | Standing() | Done():
-                raise RemoteProtocolError(f"{type(message).__name__} is an answer")
 
     def _applying(self, now: float) -> bool:
         return self._busy is not None and now < self._busy[1]

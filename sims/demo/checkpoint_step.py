@@ -44,6 +44,7 @@ def check_checkpoint(
         -1
     ]
     view.say(f"fabric-ckpt verify: {report['blocks']} blocks, ok {report['ok']}")
+    arguments: tuple[str, ...]
     arguments = (
         "convert",
         str(canonical),
