@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.host.basic_host import BasicHost
@@ -28,6 +30,7 @@ def build(config: HostConfig, seed: bytes, tcp: FabricTcp) -> tuple[BasicHost, S
         seed: 32-byte private key of the identity.
         tcp: The transport, with the listening sockets bound.
     """
+    _quiet()
     key_pair = create_new_key_pair(seed)
     peer_id = ID.from_pubkey(key_pair.public_key)
     peerstore = PeerStore()
@@ -55,6 +58,17 @@ def build(config: HostConfig, seed: bytes, tcp: FabricTcp) -> tuple[BasicHost, S
         disable_identify_address_discovery=True,
     )
     return basic, swarm
+
+
+def _quiet() -> None:
+    """Keep py-libp2p's log off the terminal unless ``LIBP2P_DEBUG`` asks for it.
+
+    It warns of every stream that ends and of every address that does not answer; with
+    no handler of its own those lines go to stderr.
+    """
+    logger = logging.getLogger("libp2p")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
 
 
 class _NoAutoConnector(AutoConnector):  # type: ignore[misc]  # untyped library
