@@ -53,22 +53,11 @@ def measure(rounds: int) -> Iterator[Row]:
             for case, (_, parameters) in cases.items():
                 ours[case].append(fabric.run({"bytes": OUR_BYTES}))
                 if case in rivals:
-                    sample = rivals[case].run(parameters)
-                    theirs[case].append(_in_megabytes(case, sample))
+                    theirs[case].append(rivals[case].run(parameters))
     for case, (rival, _) in cases.items():
         skipped = "" if theirs[case] else reason
         yield compare("bulk", case, "MB/s", rival, ours[case], theirs[case], skipped)
     yield compare("bulk", "bulk_relayed", "MB/s", "direct", [], [], "no relay yet")
-
-
-def _in_megabytes(case: str, sample: Sample) -> Sample:
-    if case != "bulk_vs_lattica":
-        return sample
-    return Sample(
-        value=sample.value / 1e6,
-        cpu_seconds=sample.cpu_seconds,
-        peak_rss_bytes=sample.peak_rss_bytes,
-    )
 
 
 if __name__ == "__main__":

@@ -81,13 +81,18 @@ class Contestant:
         self._client = client
 
     def run(self, case: Message) -> Sample:
-        """Return the client's measurement of ``case`` with both sides' CPU seconds."""
+        """Return the client's measurement of ``case`` and what it cost both sides.
+
+        The client answers {"value": rate, "work": calls or GB}.
+        """
         before = [p.ask({"do": "usage"}) for p in (self._client, self._server)]
-        value = self._client.ask({"do": "run", **case})["value"]
+        answer = self._client.ask({"do": "run", **case})
         after = [p.ask({"do": "usage"}) for p in (self._client, self._server)]
         cpu = sum(a["cpu"] - b["cpu"] for a, b in zip(after, before, strict=True))
         return Sample(
-            value=value, cpu_seconds=cpu, peak_rss_bytes=max(a["rss"] for a in after)
+            value=answer["value"],
+            cpu_seconds=cpu / answer["work"],
+            peak_rss_bytes=max(a["rss"] for a in after),
         )
 
 

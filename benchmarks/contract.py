@@ -27,7 +27,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         ratio: ours / rival_value where more is better, else cost / rival's cost; the
             median of the rounds' ratios, because load differs between rounds.
-        cpu_seconds: Of our processes, per unit of work named in ``unit``'s case.
+        cpu_seconds: Of our processes, per call or per GB. On a loaded machine this says
+            more than the ratio: a rival with more threads gets more of the processor.
+        rival_cpu_seconds: The same of the rival's processes.
         peak_rss_bytes: Of our largest process.
         load: One-minute load average when the case ended.
         skipped: Why there is no rival value, or empty.
@@ -41,6 +43,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     rival_value: float | None
     ratio: float | None
     cpu_seconds: float | None
+    rival_cpu_seconds: float | None
     peak_rss_bytes: int | None
     load: float
     commit: str
@@ -48,7 +51,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One round of one contestant."""
+    """One round of one contestant; ``cpu_seconds`` per call or per GB."""
 
     value: float
     cpu_seconds: float = 0.0
@@ -77,6 +80,7 @@ def compare(
         rival_value=_median(s.value for s in theirs),
         ratio=_median(ratios),
         cpu_seconds=_median(s.cpu_seconds for s in ours),
+        rival_cpu_seconds=_median(s.cpu_seconds for s in theirs),
         peak_rss_bytes=max((s.peak_rss_bytes for s in ours), default=None),
         load=round(os.getloadavg()[0], 2),
         commit=commit(),
@@ -136,6 +140,7 @@ def _table_line(row: Row) -> str:
     return (
         f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.rival:16}"
         f" {_number(row.rival_value)}   {row.ratio:6.2f}x"
+        f"   CPU 1/{(row.rival_cpu_seconds or 0.0) / (row.cpu_seconds or 1.0):.1f}"
     )
 
 

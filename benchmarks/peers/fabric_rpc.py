@@ -93,7 +93,7 @@ async def dial() -> None:
             if command["do"] == "usage":
                 write(usage())
             else:
-                write({"value": await measure(rpc, command)})
+                write(await measure(rpc, command))
 
 
 async def call(rpc: Rpc, body: bytes) -> None:
@@ -104,8 +104,8 @@ async def call(rpc: Rpc, body: bytes) -> None:
     assert len(answer.body) == len(body)
 
 
-async def measure(rpc: Rpc, case: Message) -> float:
-    """Return calls per second with ``in_flight`` tasks."""
+async def measure(rpc: Rpc, case: Message) -> Message:
+    """Return calls per second with ``in_flight`` tasks, and their number."""
     body = bytes(case["size"])
     done = 0
     start = trio.current_time()
@@ -120,7 +120,7 @@ async def measure(rpc: Rpc, case: Message) -> float:
     async with trio.open_nursery() as nursery:
         for _ in range(case["in_flight"]):
             nursery.start_soon(loop)
-    return done / (trio.current_time() - start)
+    return {"value": done / (trio.current_time() - start), "work": done}
 
 
 if __name__ == "__main__":

@@ -86,11 +86,11 @@ def dial() -> None:
                 raise
             time.sleep(0.2)
     write({})
-    answer_commands(lambda case: {"value": measure(stub, case)})
+    answer_commands(lambda case: measure(stub, case))
 
 
-def measure(stub: object, case: Message) -> float:
-    """Return calls per second, or bytes per second of uploads."""
+def measure(stub: object, case: Message) -> Message:
+    """Return calls per second and calls, or MB/s and GB of uploads."""
     body = os.urandom(case["size"])
     done = [0] * case["in_flight"]
     start = time.perf_counter()
@@ -111,7 +111,10 @@ def measure(stub: object, case: Message) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(done) / (time.perf_counter() - start)
+    rate = sum(done) / (time.perf_counter() - start)
+    if case["kind"] == "rpc":
+        return {"value": rate, "work": sum(done)}
+    return {"value": rate / 1e6, "work": sum(done) / 1e9}
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ async def dial() -> None:
             for _ in range(case["bytes"] // CHUNK):
                 await stream.write(data)
             received = int.from_bytes(await read_exactly(stream, 8), "big")
-            return {"value": received / 1e6 / (time.perf_counter() - start)}
+            rate = received / 1e6 / (time.perf_counter() - start)
+            return {"value": rate, "work": received / 1e9}
 
         write({})
         while (command := await trio.to_thread.run_sync(read)) is not None:
