@@ -199,6 +199,22 @@ def test_a_silent_peer_loses_its_blocks_and_its_late_answers_count():
     assert swarm.on_block(slow, asked[0], 7.0)
     assert swarm.num_held == 1
     swarm.check_integrity()
+    swarm.remove_peer(fast)
+    assert swarm.next_blocks(slow, 8.0) == [], "it still owes all that is left"
+    swarm.on_missing(slow, asked[1], 8.0)
+    swarm.update_have(slow, 0b1111)
+    assert swarm.next_blocks(slow, 9.0) == [asked[1]], "who answers is asked again"
+
+
+def test_losing_one_of_two_copies_allows_one_more_and_not_two():
+    swarm = make(3, window=4)
+    for peer in OTHERS:
+        swarm.add_peer(peer, bitmap.full(3))
+    for peer in OTHERS[:2]:
+        assert len(swarm.next_blocks(peer, 0.0)) == 3
+    swarm.remove_peer(OTHERS[0])
+    assert len(swarm.next_blocks(OTHERS[2], 1.0)) == 3
+    assert swarm.next_blocks(OTHERS[3], 1.0) == []
 
 
 def test_two_bad_blocks_ban_for_good():
