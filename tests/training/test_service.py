@@ -49,7 +49,10 @@ class Inbound:
         self.send, self.receive = trio.open_memory_channel(16)
 
     async def accept(self):
-        return await self.receive.receive()
+        try:
+            return await self.receive.receive()
+        except trio.EndOfChannel as exc:
+            raise Unavailable("no longer expected") from exc
 
     def allow(self, peers, *, min_counter):
         self.peers, self.min_counter = peers, min_counter
@@ -59,6 +62,7 @@ class Inbound:
 
     def close(self):
         self.send.close()
+        self.peers = frozenset()
 
 
 class Network:
