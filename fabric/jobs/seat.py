@@ -79,8 +79,9 @@ from fabric.jobs.succession import Succession, no_quorum
 RETRY = ("E_NOT_YET", "E_BUSY", "E_UNKNOWN_JOB")
 """Refusals that end by themselves: the receiver is about to learn what it lacks."""
 
-MAX_NAMED = 64
-"""Participants named in an event: 9 characters each."""
+MAX_NAMED = 50
+"""Participants named in an event: 9 characters each, a fact has at most 500."""
+
 MAX_WORKER_FAILURES = 3
 """After so many failed workers this peer no longer asks to take part."""
 

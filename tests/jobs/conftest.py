@@ -1,8 +1,8 @@
 """Seats of several peers over a network of virtual time, with runners that do sums.
 
-The "model" is a number. A contribution of peer p to round r is a hash of (state, p), the
-next state a hash of the state and the contributions in order, so equal digests mean that
-every peer applied exactly the same decisions.
+The "model" is a hash. A contribution of peer p to round r is a hash of (state, p), the
+next state a hash of the state and the contributions in order, so equal digests mean
+that every peer applied exactly the same decisions.
 """
 
 from __future__ import annotations

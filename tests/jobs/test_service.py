@@ -130,6 +130,11 @@ class FakeStore:
         await self.world.changed.wait()
 
 
+def write_state(directory: Path, state: str):
+    directory.mkdir(parents=True)
+    (directory / "state").write_text(state)
+
+
 class SumRunner:
     """Adds hashes: equal digests mean equal decisions applied in equal order."""
 
@@ -158,8 +163,7 @@ class SumRunner:
         self.decision = decision
 
     async def save(self, directory: Path):
-        directory.mkdir(parents=True)
-        (directory / "state").write_text(self.states[self.rounds])
+        write_state(directory, self.states[self.rounds])
         await self.send.send(RunnerProgress({CHECKPOINT_FACT: str(directory)}))
 
     async def next_event(self):
@@ -291,7 +295,7 @@ class Mesh:
 
     async def until(self, condition, seconds=200.0):
         with trio.fail_after(seconds):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - virtual time
                 await trio.sleep(0.1)
 
     def views(self):
