@@ -39,6 +39,15 @@ def main() -> int:
     return 0
 
 
+def keep_trio_out() -> None:
+    """Let no library import trio: no process holds both trio and torch.
+
+    transformers imports an HTTP client that takes trio along where it is installed and
+    does without where the import fails, which None makes it do.
+    """
+    sys.modules.setdefault("trio", None)  # type: ignore[arg-type]  # documented use
+
+
 def _serve(started: StartedWorker, key_pem: bytes) -> None:
     port = started.port
     frame, _ = port.receive()
@@ -46,6 +55,7 @@ def _serve(started: StartedWorker, key_pem: bytes) -> None:
     if not isinstance(configure, Configure):
         raise RemoteProtocolError("the first command is Configure")
 
+    keep_trio_out()
     import torch
 
     from training.worker.inbox import INBOX_ITEMS, Inbox
