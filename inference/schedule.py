@@ -147,6 +147,14 @@ class Schedule:
         """Learn how long a step takes."""
         self._step_seconds += _SMOOTHING * (seconds - self._step_seconds)
 
+    def picked(self) -> list[tuple[Opening, int, int]]:
+        """Return (opening, index, token) of everything picked for running sessions."""
+        return [
+            (s.opening, index, token)
+            for s in self._running.values()
+            for index, token in enumerate(s.known[s.opening.prompt_tokens :])
+        ]
+
     def openings(self) -> list[Opening]:
         """Return the openings of all sessions."""
         return [s.opening for s in [*self._running.values(), *self._waiting]]

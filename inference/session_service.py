@@ -178,13 +178,29 @@ class Generation:
         self._owner = owner
         self._model = model
         self._ended = False
+        self._max_tokens = max_tokens
+        self._next = 0
+        # Tokens ahead of a missing one; never more than the session may generate.
+        self._early: dict[int, SessionToken] = {}
         # All that the session may ever generate, and an end: feeding never waits.
         self._send, self._receive = trio.open_memory_channel[SessionToken](
             max_tokens + 1
         )
 
     def feed(self, token: SessionToken) -> None:
-        """Take in a token from the last stage."""
+        """Take in a token, in any order: after a loss two stages may send for a while.
+
+        The first stage repeats what a lost last stage may not have delivered.
+        """
+        if token.finish == "error":
+            self._put(token)
+        elif self._next <= token.index < self._max_tokens:
+            self._early.setdefault(token.index, token)
+            while (ready := self._early.pop(self._next, None)) is not None:
+                self._next += 1
+                self._put(ready)
+
+    def _put(self, token: SessionToken) -> None:
         with suppress(trio.WouldBlock, trio.ClosedResourceError):
             self._send.send_nowait(token)
 
@@ -193,14 +209,10 @@ class Generation:
 
         Raises:
             PeerTimeout: nothing came.
-            Unavailable: the session failed, or a token is missing.
+            Unavailable: the session failed.
         """
-        while True:
-            token = await self._owner.next_token(self._receive)
-            # A replay through new stages may send a token again.
-            if token.finish == "error" or token.index >= self.num_tokens:
-                break
-        if token.finish == "error" or token.index > self.num_tokens:
+        token = await self._owner.next_token(self._receive)
+        if token.finish == "error":
             raise Unavailable("the session broke in the mesh", code="E_SESSION_LOST")
         self._ended = token.finish != ""
         if token.token >= 0:

@@ -128,11 +128,13 @@ class StageRunner:
 
     async def apply(self, generation: Generation) -> None:
         """Take part in ``generation``; returns before the stage is ready."""
+        await trio.lowlevel.checkpoint()
+        if generation == self._generation:
+            return
         self._generation = generation
         self._changed.set()
         if self._connecting is not None:
             self._connecting.cancel()
-        await trio.lowlevel.checkpoint()
 
     async def decide(self, decision: RoundDecision) -> None:
         """Do nothing: serving has no rounds."""
@@ -311,7 +313,8 @@ class StageRunner:
     def _on_lost(self, lost: ChannelLost) -> None:
         """Say whose connection broke; the coordinator answers with a generation."""
         generation, peers = self._generation, self.chain()
-        if generation is None or lost.epoch != generation.counter:
+        was_in_use = self._wiring.on_lost(lost)
+        if generation is None or lost.epoch != generation.counter or not was_in_use:
             return
         if self._context.peer_id not in peers:
             return

@@ -18,7 +18,12 @@ from fabric.bulk.certificates import (
     JobStatement,
     issue_job_certificate,
 )
-from fabric.core.errors import RemoteRefused, Unavailable
+from fabric.core.errors import (
+    IntegrityError,
+    RemoteProtocolError,
+    RemoteRefused,
+    Unavailable,
+)
 from fabric.core.ids import JobId, PeerId
 from fabric.core.signing import Signer
 from fabric.net.paths_api import Paths, Purpose, WorkerSocket, WorkerSockets
@@ -28,6 +33,7 @@ from inference.worker_messages import (
     Attached,
     Certified,
     Certify,
+    ChannelLost,
     ChannelName,
     Command,
     Loaded,
@@ -35,6 +41,7 @@ from inference.worker_messages import (
 )
 
 T = TypeVar("T")
+ChannelKey = tuple[int, ChannelName, bool]
 
 _LOAD_SECONDS = 600.0
 """Longest time to read a stage's layers from disk."""
@@ -101,7 +108,8 @@ class Wiring:
         self._heard = trio.Event()
         self._spki = b""
         self._certificate = b""
-        self._attached: set[tuple[int, ChannelName, bool]] = set()
+        self._attached: set[ChannelKey] = set()
+        self._lost: set[ChannelKey] = set()
         self._sockets: WorkerSockets | None = None
         self.loaded: Loaded | None = None
 
@@ -123,6 +131,16 @@ class Wiring:
                 current = {key for key in self._attached if key[0] == event.epoch}
                 key = (event.epoch, event.channel, event.outgoing)
                 self._attached = current | {key}
+        self._hear()
+
+    def on_lost(self, event: ChannelLost) -> bool:
+        """Take in the loss of a channel; return whether it had been in use."""
+        key = (event.epoch, event.channel, event.outgoing)
+        self._lost.add(key)
+        self._hear()
+        return key in self._attached
+
+    def _hear(self) -> None:
         heard, self._heard = self._heard, trio.Event()
         heard.set()
 
@@ -168,17 +186,29 @@ class Wiring:
         peer, channel = place.outgoing
         purpose = Purpose(self._job, place.counter, channel)
         attempt = 0
-        while (found := await self._try_open(peer, purpose)) is None:
-            # It may be a little behind us; a new generation ends this loop.
+        while True:
+            found = await self._try_open(peer, purpose)
+            if found is not None and await self._attach(
+                found, place.counter, channel, outgoing=True
+            ):
+                return
+            # It may be a little behind us, and show a certificate that it is about to
+            # replace; a new generation ends this loop.
             await trio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
             attempt += 1
-        await self._attach(found, place.counter, channel, outgoing=True)
 
     async def _try_open(self, peer: PeerId, purpose: Purpose) -> WorkerSocket | None:
         try:
             with trio.fail_after(_OPEN_SECONDS):
                 return await self._paths.open(peer, purpose, self._certificate)
-        except (Unavailable, RemoteRefused) as exc:
+        except (
+            Unavailable,
+            RemoteRefused,
+            RemoteProtocolError,
+            IntegrityError,
+        ) as exc:
+            # A neighbour that lies must not end our worker: the chain waits, and
+            # says for whom.
             self._on_wait(f"{purpose.channel}: {exc.reason}")
         except trio.TooSlowError:
             self._on_wait(f"{purpose.channel}: no answer")
@@ -190,21 +220,24 @@ class Wiring:
         while True:
             found = await sockets.accept()
             purpose = found.purpose
-            if (found.peer, purpose.counter, purpose.channel) == wanted:
-                break
-            found.sock.close()
-        await self._attach(found, place.counter, channel, outgoing=False)
+            if (found.peer, purpose.counter, purpose.channel) != wanted:
+                found.sock.close()
+            elif await self._attach(found, place.counter, channel, outgoing=False):
+                return
 
     async def _attach(
         self, found: WorkerSocket, counter: int, channel: ChannelName, *, outgoing: bool
-    ) -> None:
+    ) -> bool:
+        """Hand a socket to the worker; return whether its handshake succeeded."""
         server = not found.initiator
         attach = Attach(counter, channel, outgoing, server, found.peer_certificate)
+        key = (counter, channel, outgoing)
+        self._lost.discard(key)
         with found.sock:
             await self._send(attach, found.sock.fileno())
-        key = (counter, channel, outgoing)
         # The handshake has a deadline of its own in the worker, which then says lost.
-        await self._until(lambda: key in self._attached or None, None)
+        await self._until(lambda: key in self._attached | self._lost or None, None)
+        return key in self._attached
 
     def _loaded_for(self, counter: int) -> Loaded | None:
         loaded = self.loaded

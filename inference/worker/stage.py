@@ -43,6 +43,7 @@ from inference.worker_messages import (
     KIND_ACTIVATIONS,
     KIND_CHANNELS,
     KIND_FEEDBACK,
+    MAX_ROWS,
     Activations,
     Assign,
     Attach,
@@ -160,6 +161,7 @@ class StageEngine:
                     assign.max_sequences, assign.max_waiting, assign.prefill_tokens
                 )
             self._schedule.restart(assign.stages, time.monotonic())
+            self._repeat(self._schedule)
         elif self._schedule is not None:
             lost, self._schedule = self._schedule.openings(), None
             for opening in lost:
@@ -352,6 +354,15 @@ class StageEngine:
     def _lost(self, channel: ChannelName, *, outgoing: bool, reason: str) -> None:
         assert self._assign is not None
         self._tell(ChannelLost(self._assign.epoch, channel, outgoing, reason[:2000]))
+
+    def _repeat(self, schedule: Schedule) -> None:
+        """Send what was picked once more: a lost last stage may have kept it."""
+        tokens = [
+            (opening.reply_to, SessionToken(opening.session, index, token))
+            for opening, index, token in schedule.picked()
+        ]
+        for at in range(0, len(tokens), MAX_ROWS):
+            self._tell(Sampled(tuple(tokens[at : at + MAX_ROWS])))
 
     def _fail(self, session: str, reply_to: Peer) -> None:
         token = SessionToken(session, 0, -1, "error")

@@ -137,7 +137,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
 
 TestSchedule = ScheduleMachine.TestCase
-TestSchedule.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSchedule.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 
 def test_decodes_go_together_and_a_long_prompt_does_not_delay_them():
