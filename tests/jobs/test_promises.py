@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,27 +114,30 @@ def test_a_pending_electorate_is_needed_until_it_is_shown_dead():
     assert tally.won, "two of three never acked it: it cannot stand"
 
 
-NAMES = "abcdefg"
+NAMES = "abcde"
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_no_two_commits_share_an_epoch_whatever_the_electorates(data):
-    """Proposers with any base, any electorate, any subset of acks; no network."""
+@settings(max_examples=int(os.environ.get("JOBS_EXAMPLES", "60")), deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_no_two_commits_share_an_epoch_whatever_the_electorates(seed):
+    """Proposers with any base, any electorate, any subset of acks; no network.
+
+    Uniform choices from a seed: drawn sets are too small to reach hidden commits.
+    """
+    rng = random.Random(seed)
+    some = lambda: [n for n in NAMES if rng.random() < 0.5]  # noqa: E731
     acceptors = {n: Acceptor(JOB, GENESIS) for n in NAMES}
     committed = {0: Commit(GENESIS, ())}
     proposals = []
-    for _ in range(data.draw(st.integers(1, 14))):
-        base = committed[data.draw(st.sampled_from(sorted(committed)))].generation
-        if not proposals or data.draw(st.booleans()):
-            counter = base.counter + data.draw(st.integers(1, 3))
-            names = data.draw(st.sets(st.sampled_from(NAMES), min_size=1, max_size=4))
-            target = generation(counter, names, base)
-            proposals.append(
-                (Propose(target, base.counter), Tally(electors(base), base.counter))
-            )
-        propose, tally = data.draw(st.sampled_from(proposals))
-        for name in data.draw(st.sets(st.sampled_from(NAMES))):
+    for _ in range(40):
+        base = committed[rng.choice(sorted(committed))].generation
+        if not proposals or rng.random() < 0.5:
+            names = some() or [rng.choice(NAMES)]
+            target = generation(base.counter + rng.randint(1, 3), names, base)
+            tally = Tally(electors(base), base.counter)
+            proposals.append((Propose(target, base.counter), tally))
+        propose, tally = rng.choice(proposals[-4:])
+        for name in some():
             answer, _ = acceptors[name].on_propose(propose, Held())
             if isinstance(answer, AckBody):
                 tally.add(PeerId(name), answer)
@@ -140,7 +146,7 @@ def test_no_two_commits_share_an_epoch_whatever_the_electorates(data):
         target = propose.generation
         other = committed.setdefault(target.counter, Commit(target, ()))
         assert other.generation == target, "two generations, one epoch"
-        for name in data.draw(st.sets(st.sampled_from(NAMES))):
+        for name in some() if rng.random() < 0.5 else ():
             acceptors[name].on_commit(other)
 
 

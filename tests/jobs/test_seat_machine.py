@@ -93,7 +93,7 @@ def test_epochs_and_decisions_are_unique_and_a_healed_mesh_finishes(machine):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("JOBS_EXAMPLES", "25")),
+            max_examples=int(os.environ.get("JOBS_EXAMPLES", "20")),
             stateful_step_count=int(os.environ.get("JOBS_STEPS", "12")),
             deadline=None,
             suppress_health_check=list(HealthCheck),
