@@ -6,6 +6,7 @@ from pathlib import Path
 
 import trio
 
+from checkpoints.directories import locate
 from checkpoints.verification import verify_checkpoint
 from crdt_store.service import Store
 from crdt_store.views import CheckpointHead
@@ -50,7 +51,7 @@ class CheckpointFlow:
 
         Args:
             job: Names the run.
-            directory: Of the step: safetensors files and a manifest.
+            directory: Of the step, or the one whose ``latest`` names it.
             round: The outer round whose end it holds.
 
         Raises:
@@ -62,7 +63,8 @@ class CheckpointFlow:
             raise IntegrityError(
                 f"the checkpoint in {directory} does not verify: {report.findings[0]}"
             )
-        root = await trio.to_thread.run_sync(self._blobs.add_directory, directory)
+        step = await trio.to_thread.run_sync(locate, directory)
+        root = await trio.to_thread.run_sync(self._blobs.add_directory, step.path)
         await trio.to_thread.run_sync(self._blobs.pin, root)
         await self._content.provide(root)
         size = self._blobs.manifest(root).size

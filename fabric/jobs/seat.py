@@ -82,6 +82,8 @@ RETRY = ("E_NOT_YET", "E_BUSY", "E_UNKNOWN_JOB")
 MAX_NAMED = 50
 """Participants named in an event: 9 characters each, a fact has at most 500."""
 
+REASON_FACT = "reason"
+"""Why a job ended, among the facts of its status."""
 MAX_WORKER_FAILURES = 3
 """After so many failed workers this peer no longer asks to take part."""
 
@@ -138,6 +140,7 @@ class Seat:
         self._join_due = now
         self._join_hint: PeerId | None = None
         self._worker_failures = 0
+        self._worker_failure = ""
         self._leaving = False
         self._held = Held()
         self._decided = -1
@@ -243,7 +246,7 @@ class Seat:
     def learn_status(self, status: JobStatus) -> None:
         """Follow a replicated status that says the job ended."""
         if is_over(status.state) and not self.over:
-            self._adopt_end(status.state, "")
+            self._adopt_end(status.state, str(status.facts.get(REASON_FACT, "")))
 
     def saved(self, root: str, reason: str, now: float) -> None:
         """Our runner wrote the checkpoint ``root``, or failed to when it is empty."""
@@ -282,9 +285,10 @@ class Seat:
     def _on_worker_failed(self, event: RunnerFailed, now: float) -> None:
         self._worker_failures += 1
         self._held, self._busy = Held(), None
-        self._record("worker_failed", self.me, {"code": event.code})
+        reason = f"{event.code}: {event.reason}"[:500]
+        self._worker_failure = reason
+        self._record("worker_failed", self.me, {"reason": reason})
         self._effects.append(Retire())
-        reason = f"{event.code}: {event.reason}"
         self.leave(now, failed=True, reason=reason)
         if self._worker_failures >= MAX_WORKER_FAILURES:
             self._joins = False
@@ -662,7 +666,7 @@ class Seat:
         elif campaign.newer is not None:
             self._learn(campaign.newer, now)
         elif campaign.reason == NOBODY and self._worker_failures:
-            self._end(Trigger.BROKE, self.reason or "the worker failed", now)
+            self._end(Trigger.BROKE, self.reason or self._worker_failure, now)
 
     def _won(self, commit: Commit, before: frozenset[PeerId], now: float) -> None:
         self._learn(commit, now)
@@ -705,6 +709,8 @@ class Seat:
             self._chair.role.joiners.keys() if self._chair else set()
         )
         self._outbox.clear()
+        if reason:
+            self.ledger.put(REASON_FACT, reason[:500])
         self._adopt_end(state, reason)
         self._effects.append(Publish())
         for peer in sorted(tell - {self.me}):

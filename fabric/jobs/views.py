@@ -48,6 +48,7 @@ def view_of_status(job: JobId, spec: JobSpec, status: JobStatus | None) -> JobVi
     """Return a job's row from its replicated status alone."""
     status = status or JobStatus(state=JobState.QUEUED)
     reason = status.pause.reason if status.pause is not None else ""
+    reason = reason or str(status.facts.get("reason", ""))
     return _view(job, spec, status, reason, (), status.facts)
 
 

@@ -10,7 +10,7 @@ from sims.demo.process import run_module
 from sims.demo.view import DemoView
 from sims.local import LocalMesh
 
-PROMPT = "def main():\n"
+PROMPT = "import os\n\n\ndef "
 NUM_TOKENS = 48
 TOOL_SECONDS = 120.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import signal
 import subprocess
 import tempfile
 import time
@@ -52,6 +53,8 @@ def demo(
     root = directory or Path(tempfile.mkdtemp(prefix="fabric-demo-"))
     root.mkdir(parents=True, exist_ok=True)
     mesh = LocalMesh(root)
+    # the daemons must not outlive a demo that is told to end
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with DemoView(TITLES) as view:
             summary = run_demo(mesh, view, seed)

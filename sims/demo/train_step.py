@@ -23,9 +23,15 @@ from sims.demo.summary import LossPoint
 from sims.demo.view import DemoView
 from sims.local import LocalMesh
 
-ROUNDS = 14
+ROUNDS = 48
 INNER_STEPS = 10
-BATCH = 8
+BATCH = 2
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 20
+OUTER_LEARNING_RATE = 1.0
+OUTER_MOMENTUM = 0.1
+"""Found by a search over 20 settings at 492 k tokens: with few, short rounds a large
+momentum overshoots."""
 
 
 @dataclass
@@ -46,10 +52,21 @@ class TrainOutcome:
 
 def demo_spec(seed: int, *, peers: int = len(PEERS)) -> JobSpec:
     """Return the demo's training job."""
-    outer = OuterSpec(inner_steps=INNER_STEPS, rounds=ROUNDS)
+    outer = OuterSpec(
+        inner_steps=INNER_STEPS,
+        rounds=ROUNDS,
+        learning_rate=OUTER_LEARNING_RATE,
+        momentum=OUTER_MOMENTUM,
+    )
     return JobSpec(
         name="demo",
-        train=TrainSpec(batch_size=BATCH, seed=seed, outer=outer),
+        train=TrainSpec(
+            batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=WARMUP_STEPS,
+            seed=seed,
+            outer=outer,
+        ),
         require=RequireSpec(min_peers=peers),
         fault=FaultSpec(patience_seconds=5.0),
     )
@@ -73,7 +90,7 @@ class TrainStep:
         self._view = view
         self._spec = demo_spec(seed)
         self._victim = victim or rng.choice(PEERS[1:])
-        self._kill_round = rng.randint(2, ROUNDS // 3)
+        self._kill_round = rng.randint(ROUNDS // 8, ROUNDS // 3)
         self._kill_delay = rng.uniform(0.0, 1.5)
         self._ids = {n: short(mesh.client(n).status().peer) for n in PEERS}
         self._newcomer: threading.Thread | None = None

@@ -19,7 +19,7 @@ import torch
 
 from fabric.core.errors import ConfigError
 from fabric.jobs.spec import JobSpec
-from training.data import order_key, windows
+from training.data import order_key, unigram_entropy, windows
 from training.worker.corpus import load_corpus
 from training.worker.engine import NativeEngine
 from training.worker.trainer import validation_windows
@@ -37,7 +37,9 @@ def train(spec: JobSpec, tokens: int) -> Iterator[dict[str, Any]]:
     per_step = train_spec.batch_size * spec.model.context_tokens
     steps = max(1, -(-tokens // per_step))
     every = max(1, steps // LINES)
-    yield _facts(0, 0, engine.evaluate(held_out), 0.0)
+    yield _facts(0, 0, engine.evaluate(held_out), 0.0) | {
+        "unigram_entropy": unigram_entropy(corpus.validation)
+    }
     seconds = 0.0
     for step in range(steps):
         started = time.perf_counter()
