@@ -108,8 +108,12 @@ class Coordinator:
 
     def decide(self, live: Peers, now: float) -> Closed | None:
         """Return the round's decision, unless a membership change comes first."""
-        if self.genesis or self._boundary_at is not None:
+        if self.genesis:
             return None
+        if self._boundary_at is not None:
+            if self._changes(live):
+                return None
+            self._boundary_at = None  # whom it waited for caught up, or went
         closed = self.table.decide(live - self.broken, now)
         if closed is not None:
             self.behind |= closed.behind
