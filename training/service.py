@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from fabric.jobs.runner import (
     LINK_FACT,
     RunnerContext,
     RunnerEvent,
+    RunnerFactory,
     RunnerFailed,
     RunnerProgress,
     RunnerResult,
@@ -49,8 +50,6 @@ from training.worker_service import LiveWorker
 
 MAX_EVENTS = 256
 """Events that wait for the jobs service; then the worker's own sends wait."""
-
-RunnerFactory = Callable[[RunnerContext], AbstractAsyncContextManager["TrainRunner"]]
 
 
 def train_runner_factory(

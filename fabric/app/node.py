@@ -114,7 +114,7 @@ class Node:
                 f"no role {role!r}", next_step="worker, client, relay or verifier"
             ) from None
         return await session.store.admin.invite(
-            session.host.addrs()[:8],
+            session.bootstrap(),
             role=wanted,
             uses=uses,
             ttl_seconds=int(ttl_seconds),

@@ -65,6 +65,10 @@ HELLO = "node.hello"
 """RPC method that does nothing: it brings up the connection."""
 ENDED = frozenset({"done", "failed", "cancelled"})
 """Job states that nothing can follow."""
+OWN_ADDRS = 4
+MAX_BOOTSTRAP = 8
+"""Addresses in an invite; its token is pasted by hand."""
+MAX_ADDR_CHARS = 300
 GATE_SECONDS = 1.0
 """How often connections of peers that lost their standing are closed."""
 
@@ -122,6 +126,19 @@ class Session:
                 await self.publish_record()
                 return
         raise error
+
+    def bootstrap(self) -> tuple[str, ...]:
+        """Return addresses for an invite: ours, then one of each connected member.
+
+        With several members a newcomer gets in while the inviter is away.
+        """
+        members = self.store.members.all()
+        others = []
+        for peer in sorted(self.rpc.connected() & set(members)):
+            # what a member announces is its own claim: take what fits a token
+            fit = (a for a in members[peer].addrs if a.endswith(f"/p2p/{peer}"))
+            others += [addr for addr in fit if len(addr) <= MAX_ADDR_CHARS][:1]
+        return (*self.host.addrs()[:OWN_ADDRS], *others)[:MAX_BOOTSTRAP]
 
     async def publish_record(self) -> None:
         """Write our membership record."""
