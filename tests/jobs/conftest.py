@@ -64,10 +64,16 @@ class Sums:
     round: int = 0
     work_until: float = 0.0
     holds: set[str] = field(default_factory=set)
-    reported: tuple[str, ...] | None = None
+    reported: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     fetching: bool = False
     decision: RoundDecision | None = None
     speed: float = 1.0
+    fetch_seconds: float = 0.0
+    fetch_from: float = 0.0
+    kept: int = -1
+    """The round whose own contribution is still served after it was applied."""
+    corrupt: bool = False
+    """The next state it computes is wrong."""
 
 
 class Net:
@@ -91,6 +97,8 @@ class Net:
         self.loss = 0.0
         self.latency = 0.02
         self.groups: list[set[PeerId]] = [set(self.ids)]
+        self.cuts: set[frozenset[PeerId]] = set()
+        self.tells_cuts = True
         self.disk: dict[PeerId, bytes] = {}
         self.seats: dict[PeerId, Seat] = {}
         self.sums: dict[PeerId, Sums] = {}
@@ -133,6 +141,13 @@ class Net:
 
     def heal(self) -> None:
         self.groups, self.loss = [set(self.ids)], 0.0
+
+    def cut(self, one: int, other: int) -> None:
+        """No worker connection between two peers; their daemons still talk."""
+        self.cuts.add(frozenset((self.ids[one], self.ids[other])))
+
+    def workers_linked(self, one: PeerId, other: PeerId) -> bool:
+        return self.linked(one, other) and frozenset((one, other)) not in self.cuts
 
     def linked(self, one: PeerId, other: PeerId) -> bool:
         alive = one in self.seats and other in self.seats
@@ -247,15 +262,16 @@ class Net:
             have is not None and hex_digest(have.encode()) == generation.state_digest
         )
         sums.fetching = not right
+        sums.fetch_from = self.now + sums.fetch_seconds
         sums.round = base
         if base == 0:
             sums.states = {0: "initial"}
         if fresh:
             sums.work_until = self.now + sums.speed
-            sums.holds = set()
+            sums.holds, sums.kept = set(), -1
 
     def step_runner(self, peer: PeerId) -> None:
-        seat, sums = self.seats[peer], self.sums[peer]
+        sums = self.sums[peer]
         generation = sums.generation
         if generation is None:
             return
@@ -264,27 +280,38 @@ class Net:
             return
         if sums.round >= self.spec.train.outer.rounds:
             if sums.reported is None:
-                sums.reported = ()
+                sums.reported = ((), ())
                 self.tell_held(peer, sums, generation)
             return
         if self.now >= sums.work_until:
             sums.holds.add(peer)
-        for other in generation.participants:
-            theirs = self.sums.get(other)
-            if other != peer and theirs is not None and self.linked(peer, other):
-                same = theirs.round == sums.round and other in theirs.holds
-                if same and theirs.states.get(sums.round) == sums.states[sums.round]:
-                    sums.holds.add(other)
-        holds = tuple(sorted(sums.holds))
-        if holds and holds != sums.reported:
-            sums.reported = holds
-            tokens = 100 if peer in holds else 0
-            report = RoundReport(
-                self.job, generation.counter, sums.round, holds, tokens, 2.0
-            )
-            seat.event(report, self.now)
-            self.pump(peer)
+        sums.holds |= {p for p in generation.participants if self.serves(p, peer)}
+        self.report(peer, sums, generation)
         self.follow(peer, sums, generation)
+
+    def serves(self, source: PeerId, peer: PeerId) -> bool:
+        """Whether ``source``'s worker gives ``peer`` its contribution to the round."""
+        theirs, mine = self.sums.get(source), self.sums[peer]
+        if source == peer or theirs is None or not self.workers_linked(source, peer):
+            return False
+        now = theirs.round == mine.round and source in theirs.holds
+        same = theirs.states.get(mine.round) == mine.states[mine.round]
+        return same and not theirs.fetching and (now or theirs.kept == mine.round)
+
+    def report(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
+        holds = tuple(sorted(sums.holds))
+        cut = tuple(
+            other
+            for other in generation.participants
+            if self.tells_cuts and frozenset((peer, other)) in self.cuts
+        )
+        if holds and (holds, cut) != sums.reported:
+            sums.reported = (holds, cut)
+            tokens = 100 if peer in holds else 0
+            counter, at = generation.counter, sums.round
+            report = RoundReport(self.job, counter, at, holds, tokens, 2.0, cut)
+            self.seats[peer].event(report, self.now)
+            self.pump(peer)
 
     def follow(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
         decision = sums.decision
@@ -294,8 +321,10 @@ class Net:
             return
         state = sums.states[sums.round]
         parts = "".join(hex_digest((state + p).encode()) for p in decision.contributors)
+        sums.kept = sums.round if peer in sums.holds else -1
         sums.round += 1
-        sums.states[sums.round] = hex_digest((state + parts).encode())
+        wrong, sums.corrupt = "bit flip" * sums.corrupt, False
+        sums.states[sums.round] = hex_digest((state + parts + wrong).encode())
         sums.states.pop(sums.round - 3, None)
         sums.work_until = self.now + sums.speed
         sums.holds, sums.reported, sums.decision = set(), None, None
@@ -303,9 +332,11 @@ class Net:
 
     def fetch(self, peer: PeerId, sums: Sums, generation: Generation) -> None:
         base = generation.base_round
+        if self.now < sums.fetch_from:
+            return
         for source in generation.sources:
             state = self.sums[source].states.get(base) if source in self.sums else None
-            if state is None or not self.linked(peer, source):
+            if state is None or not self.workers_linked(peer, source):
                 continue
             if hex_digest(state.encode()) == generation.state_digest:
                 sums.states, sums.fetching = {base: state}, False

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from fabric.jobs.messages import Commit, Propose
 
+PATIENCE = 4.0
+
 
 def started(make_net, n=4, **kwargs):
     net = make_net(n, **{"min_peers": n, **kwargs})
@@ -56,6 +58,25 @@ def test_a_newcomer_joins_at_a_round_boundary_and_fetches(make_net):
     assert net.ids[4] in last.participants
     assert last.sources
     assert net.ids[4] not in last.sources
+
+
+def test_a_newcomer_named_behind_that_catches_up_does_not_stop_the_run(make_net):
+    """Its first round is decided late without it; then it applies that decision."""
+    net = make_net(5, min_peers=4, rounds=6)
+    for i in range(4):
+        net.start(i)
+    assert net.run(30, lambda: any(r == 1 for _, r in net.decisions))
+    newcomer = net.ids[4]
+    net.start(4)
+    net.sums[newcomer].fetch_seconds = PATIENCE + 0.5
+    assert net.run(30, lambda: newcomer in net.commits[max(net.commits)].participants)
+    entered = max(net.commits)
+    assert net.run(
+        60, lambda: any(newcomer in d.contributors for d in net.decisions.values())
+    )
+    assert net.run(60, net.all_done)
+    assert max(net.commits) == entered, "it caught up: no generation was needed"
+    assert len(net.final_states()) == 1
 
 
 def test_a_minority_pauses_and_resumes_after_the_heal(make_net):
