@@ -113,21 +113,30 @@ class Chair:
             self._record("round", self._me, self._ledger.closed(closed))
             for peer in self._generation.participants:
                 self._outbox.put(peer, "decision", decision, now)
-        elif self.role.finished(working):
-            self._complete(working, now)
+        elif finishers := self.role.finishers(working, now):
+            self._complete(finishers, len(working), now)
 
-    def _complete(self, live: frozenset[PeerId], now: float) -> None:
-        saver = self.role.saver(live)
+    def _complete(
+        self, finishers: frozenset[PeerId], num_live: int, now: float
+    ) -> None:
+        saver = self.role.saver(finishers)
         if saver is None:
             reason = "no participant could write the checkpoint"
             self.verdict = (Trigger.BROKE, reason)
         elif saver != self._asked_saver:
             self._asked_saver = saver
-            self._ledger.put("parameter_digest", self.role.final_digest(live))
-            self._ledger.put("peers_equal", len(live))
+            self._ledger.put("parameter_digest", self.role.final_digest(finishers))
+            self._ledger.put("peers_equal", len(finishers))
+            if len(finishers) < num_live:
+                self._ledger.put("peers_behind", num_live - len(finishers))
             rounds = self.role.table.round
             save = Save(self._generation.job, self._generation.counter, rounds)
             self._outbox.put(saver, "save", save, now)
+
+    def save_refused(self, sender: PeerId) -> None:
+        """``sender`` does not save under this epoch: it restarted, say."""
+        if sender == self._asked_saver:
+            self.role.save_failed(sender)
 
     def _on_saved(self, sender: PeerId, saved: Saved) -> None:
         if sender != self._asked_saver:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fabric.core.digest import rendezvous_order
-from fabric.core.ids import PeerId
+from fabric.core.ids import PeerId, short
 from fabric.jobs.messages import Generation, RoundReport, StateHeld
 from fabric.jobs.rounds import Closed, RoundTable
 from fabric.jobs.spec import JobSpec
@@ -25,6 +25,12 @@ from fabric.jobs.states import Pause
 
 Peers = frozenset[PeerId]
 NOBODY: Peers = frozenset()
+
+MAX_NAMED_LINKS = 8
+"""Cut worker links that a pause names."""
+
+FINAL_WAIT = 4
+"""Patiences to wait, after the last round, for those who do not hold its result yet."""
 
 
 def max_participants(spec: JobSpec) -> int:
@@ -53,6 +59,7 @@ class Coordinator:
         self.behind: set[PeerId] = set()
         self._held: dict[PeerId, tuple[int, str]] = {}
         self._boundary_at: float | None = None
+        self._over_at = now
         self._refused_savers: set[PeerId] = set()
 
     @property
@@ -98,9 +105,11 @@ class Coordinator:
             p for p, (r, d) in self._held.items() if r == held.round and d != right
         }
         fresh = wrong - self.behind
-        self.behind = {
-            p for p in self.behind if self._held.get(p, (-1,))[0] != held.round
-        }
+        if held.round >= self.table.round:  # an older state is no catching up
+            right_ones = {
+                p for p, state in self._held.items() if state[0] == held.round
+            }
+            self.behind -= right_ones - wrong
         self.behind |= wrong
         return len(fresh)
 
@@ -116,6 +125,7 @@ class Coordinator:
             self._boundary_at = None  # whom it waited for caught up, or went
         closed = self.table.decide(live - self.broken, now)
         if closed is not None:
+            self._over_at = now
             self.behind |= closed.behind
             if self._changes(live):
                 self._boundary_at = now
@@ -180,21 +190,27 @@ class Coordinator:
 
     # -- completion
 
-    def finished(self, live: Peers) -> bool:
-        """Whether the last round is decided and all live hold the same state."""
-        if self.genesis or self._spec.kind != "train" or not self.table.over:
-            return False
-        last = [self._held.get(p) for p in live]
-        return (
-            bool(last)
-            and last[0] is not None
-            and all(h == last[0] for h in last)
-            and (last[0][0] >= self.table.round)
-        )
+    def finishers(self, live: Peers, now: float) -> Peers:
+        """Return who completes the job: all ``live``, once they hold one last state.
 
-    def final_digest(self, live: Peers) -> str:
-        """Return the digest that all ``live`` hold, once :meth:`finished`."""
-        return next(self._held[p][1] for p in sorted(live))
+        Past FINAL_WAIT patiences, those of the state that most hold, ties to the higher
+        digest: a participant that is cut off from the others' workers ends nothing.
+        """
+        if self.genesis or self._spec.kind != "train" or not self.table.over:
+            return NOBODY
+        holders: dict[str, set[PeerId]] = {}
+        for peer in live & self._held.keys():
+            at, digest = self._held[peer]
+            if at >= self.table.round:
+                holders.setdefault(digest, set()).add(peer)
+        most = max(holders, key=lambda d: (len(holders[d]), d), default="")
+        chosen = frozenset(holders.get(most, ()))
+        late = now - self._over_at >= FINAL_WAIT * self._patience
+        return chosen if chosen == live or late else NOBODY
+
+    def final_digest(self, finishers: Peers) -> str:
+        """Return the digest that all ``finishers`` hold."""
+        return next(self._held[p][1] for p in sorted(finishers))
 
     def saver(self, live: Peers) -> PeerId | None:
         """Return who writes the checkpoint; None when every live one failed to."""
@@ -207,13 +223,23 @@ class Coordinator:
         """``peer`` could not write the checkpoint: somebody else may."""
         self._refused_savers.add(peer)
 
-    def waiting(self) -> Pause | None:
-        """Return why the job has not started, if it has not."""
+    def waiting(self, live: Peers) -> Pause | None:
+        """Return why the job has not started, or goes on with less than it has."""
         have, need = self.starters(), self.needed
-        if not self.genesis or have >= need:
-            return None
-        return Pause(
-            "waiting_for_peers",
-            f"{have} of {need} peers are there",
-            "start more peers, or submit with a lower require.min_peers",
-        )
+        if self.genesis and have < need:
+            return Pause(
+                "waiting_for_peers",
+                f"{have} of {need} peers are there",
+                "start more peers, or submit with a lower require.min_peers",
+            )
+        if not self.genesis and (cut := self.table.cut_links(live)):
+            links = ", ".join(
+                f"{short(one)}-{short(other)}" for one, other in cut[:MAX_NAMED_LINKS]
+            )
+            return Pause(
+                "worker_link_cut",
+                f"workers cannot reach each other: {links}; those who share "
+                "contributions decide the rounds, the others fetch",
+                "fabric why PEER shows the path to a peer; open a port or add a relay",
+            )
+        return None

@@ -9,6 +9,11 @@ contribution that some reporter lacks is never in it. Deadlines follow measured 
 so nobody is left out because everybody is slow. Slow is not dead: a live participant
 without a contribution is left out of this round only; one that has not reported at all
 is named *behind*, and must fetch the next state.
+
+When worker links are cut, the reporters may share nothing. Waiting longer helps as long
+as a missing contribution may still be on its way; when every hole lies on a link that
+one of its ends reports broken, or nothing moved for STALL patiences, the largest group
+of reporters that share a contributor decides, and the other reporters are behind too.
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ from dataclasses import dataclass
 
 from fabric.core.ids import PeerId
 from fabric.jobs.messages import Generation, RoundDecision, RoundReport
+
+STALL = 8
+"""Patiences without a new contribution anywhere after which none is on its way."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class RoundTable:
         self._started = now
         self._reports: dict[PeerId, RoundReport] = {}
         self._finished: dict[PeerId, float] = {}
+        self._moved_at = now
+        self._broken: dict[PeerId, frozenset[PeerId]] = {}
 
     @property
     def over(self) -> bool:
@@ -80,6 +90,9 @@ class RoundTable:
         earlier = self._reports.get(peer)
         if earlier is not None and not set(earlier.holds) <= set(holds):
             return True  # overtaken on the wire: what a peer holds only grows
+        if earlier is None or holds != earlier.holds:
+            self._moved_at = now
+        self._broken[peer] = frozenset(known.intersection(report.broken))
         self._reports[peer] = RoundReport(
             job=report.job,
             counter=report.counter,
@@ -113,16 +126,54 @@ class RoundTable:
         shared = self._shared(reporters)
         full = bool(shared) and reporters == live and shared >= live
         deadline = self.deadline()
-        late = deadline is not None and now >= deadline
-        if not shared or not (full or late):
+        if not full and (deadline is None or now < deadline):
             return None
-        return self._close(shared, live - reporters, now)
+        if not shared:
+            reporters = self._largest_group(reporters, now)
+            shared = self._shared(reporters)
+        return self._close(shared, live - reporters, now) if shared else None
+
+    def cut_links(self, live: frozenset[PeerId]) -> tuple[tuple[PeerId, PeerId], ...]:
+        """Return the pairs of ``live`` whose worker link one end reports broken."""
+        pairs = {
+            (min(peer, other), max(peer, other))
+            for peer in live & self._broken.keys()
+            for other in live & self._broken[peer]
+            if peer != other
+        }
+        return tuple(sorted(pairs))
 
     def _shared(self, reporters: frozenset[PeerId]) -> frozenset[PeerId]:
         sets = [frozenset(self._reports[peer].holds) for peer in reporters]
         shared = frozenset.intersection(*sets) if sets else frozenset()
         # tokens and loss come with the contributor's own report
         return frozenset(p for p in shared if p in self._finished)
+
+    def _largest_group(
+        self, reporters: frozenset[PeerId], now: float
+    ) -> frozenset[PeerId]:
+        """Return most reporters that share a contributor; none while it may change.
+
+        Ties go to the contributor whose id sorts first.
+        """
+        finished = sorted(reporters & self._finished.keys())
+        stalled = now - self._moved_at >= STALL * self._patience
+        if not finished or not (stalled or self._holes_are_cut(reporters)):
+            return frozenset()
+        groups = [
+            frozenset(p for p in reporters if peer in self._reports[p].holds)
+            for peer in finished
+        ]
+        return max(groups, key=len)
+
+    def _holes_are_cut(self, reporters: frozenset[PeerId]) -> bool:
+        cut = set(self.cut_links(reporters))
+        return all(
+            (min(peer, other), max(peer, other)) in cut
+            for peer in reporters
+            for other in reporters & self._finished.keys()
+            if other not in self._reports[peer].holds
+        )
 
     def _close(
         self, shared: frozenset[PeerId], behind: frozenset[PeerId], now: float
@@ -144,6 +195,6 @@ class RoundTable:
             decision, behind, now - self._started, weighted / (sum(tokens) or 1)
         )
         self.round += 1
-        self._started = now
+        self._started = self._moved_at = now
         self._reports, self._finished = {}, {}
         return closed

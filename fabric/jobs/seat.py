@@ -194,7 +194,8 @@ class Seat:
             return None
         if self._chair is not None:
             missing = self._missing(now)
-            pause = no_quorum(missing) if missing else self._chair.role.waiting()
+            live = frozenset(self.committed.participants) - self._liveness.lost(now)
+            pause = no_quorum(missing) if missing else self._chair.role.waiting(live)
             return pause or self._succession.blocked
         return self._succession.blocked
 
@@ -460,6 +461,12 @@ class Seat:
             self._outbox.answered(peer, request)
         if isinstance(reply, Nack | Standing) and reply.committed is not None:
             self._learn(Commit(reply.committed, reply.proof), now)
+        if isinstance(request, Save) and isinstance(reply, Nack) and not retry:
+            self._save_refused(peer, request)
+
+    def _save_refused(self, peer: PeerId, save: Save) -> None:
+        if self._chair is not None and save.counter == self.committed.counter:
+            self._chair.save_refused(peer)
 
     def failed(self, peer: PeerId, request: JobMessage, now: float) -> None:
         """``request`` did not reach ``peer``, or no answer came."""

@@ -21,7 +21,7 @@ from fabric.jobs.messages import (
     Standing,
     generation_hash,
 )
-from fabric.jobs.proposer import BUSY, FOLLOWED, Campaign, Phase, Wish
+from fabric.jobs.proposer import BUSY, FOLLOWED, NOBODY, Campaign, Phase, Wish
 from fabric.jobs.states import Pause
 
 
@@ -124,6 +124,12 @@ class Succession:
             )
         elif campaign.missing:
             self.blocked = no_quorum(campaign.missing)
+        elif campaign.reason == NOBODY:
+            self.blocked = Pause(
+                "nobody_takes_part",
+                "every participant left, failed or is silent",
+                "fabric logs JOB shows why; a peer that asks to join ends this",
+            )
         return campaign
 
 

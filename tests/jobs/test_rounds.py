@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.messages import Generation, RoundReport
-from fabric.jobs.rounds import RoundTable
+from fabric.jobs.rounds import STALL, RoundTable
 
 JOB = JobId("j")
 PEERS = tuple(PeerId(c) for c in "abcd")
@@ -19,10 +19,12 @@ def table(rounds=5, patience=5.0):
     return RoundTable(GENERATION, rounds, patience, now=0.0)
 
 
-def report(peer, holds, *, round=2, counter=3, tokens=10, loss=1.0):
-    return RoundReport(
-        JOB, counter, round, tuple(holds), tokens if peer in holds else 0, loss
-    )
+D_CUTS = (("b", "d"), ("c", "d"))
+
+
+def report(peer, holds, *, round=2, counter=3, tokens=10, loss=1.0, broken=()):
+    tokens = tokens if peer in holds else 0
+    return RoundReport(JOB, counter, round, tuple(holds), tokens, loss, tuple(broken))
 
 
 def test_a_round_is_decided_as_soon_as_all_live_hold_everything():
@@ -67,11 +69,40 @@ def test_patience_follows_the_measured_time():
     assert t.deadline() == 24.0
 
 
-def test_no_decision_while_nothing_is_shared():
+def test_while_nothing_is_shared_a_working_link_is_waited_for():
     t = table()
     t.report("a", report("a", "a"), 1.0)
     t.report("b", report("b", "b"), 1.0)
-    assert t.decide(frozenset("ab"), 99.0) is None
+    assert t.decide(frozenset("ab"), 1.0 + STALL * 5.0 - 0.1) is None
+    closed = t.decide(frozenset("ab"), 1.0 + STALL * 5.0)
+    assert (closed.decision.contributors, closed.behind) == (("a",), {"b"})
+
+
+def test_behind_cut_links_the_largest_group_that_shares_decides():
+    t = table()
+    for peer, holds, broken in (("a", "a", "bcd"), ("b", "bc", "a"), ("c", "bc", "")):
+        t.report(peer, report(peer, holds, broken=broken), 1.0)
+    t.report("d", report("d", "d"), 1.0)
+    live = frozenset(PEERS)
+    assert t.decide(live, 4.9) is None, "not before the deadline"
+    assert t.decide(live, 6.0) is None, "d may still get b's and c's"
+    t.report("d", report("d", "d", broken="bc"), 7.0)
+    assert t.cut_links(live) == (("a", "b"), ("a", "c"), ("a", "d"), *D_CUTS)
+    assert t.cut_links(live - {"a"}) == D_CUTS
+    closed = t.decide(live, 7.0)
+    assert (closed.decision.contributors, closed.behind) == (("b", "c"), {"a", "d"})
+
+
+def test_a_cut_off_peer_does_not_decide_while_the_others_work():
+    """Its own contribution is the only one, and everybody else is merely slow."""
+    t = table()
+    t.report("a", report("a", "a"), 1.0)
+    t.report("b", report("b", "c", broken="a"), 1.0)
+    assert t.decide(frozenset("ab"), 6.0).decision.contributors == ("a",)
+    t = table()
+    t.report("c", report("c", "c"), 1.0)
+    t.report("b", report("b", "a", broken="c"), 1.0)
+    assert t.decide(frozenset("ab"), 90.0) is None, "c is dead, a and b still work"
 
 
 @pytest.mark.parametrize("wrong", [{"round": 1}, {"round": 3}, {"counter": 2}])
@@ -117,7 +148,11 @@ def test_every_contributor_is_held_by_every_live_reporter(reports, live, wait):
         return
     contributors = set(closed.decision.contributors)
     assert contributors
-    assert all(contributors <= holds[peer] for peer in reporters)
     assert contributors <= done
-    assert contributors == set.intersection(*(holds[p] for p in reporters)) & done
-    assert closed.behind == live - reporters
+    group = live - closed.behind
+    assert group <= reporters
+    assert contributors == set.intersection(*(holds[p] for p in group)) & done
+    if group != reporters:  # nobody would have decided otherwise
+        assert not set.intersection(*(holds[p] for p in reporters)) & done
+        sizes = {c: len({p for p in reporters if c in holds[p]}) for c in done}
+        assert len(group) == max(sizes[c] for c in done & reporters)

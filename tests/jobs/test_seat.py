@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from fabric.jobs.messages import Commit, Propose
 
 PATIENCE = 4.0
@@ -60,7 +62,8 @@ def test_a_newcomer_joins_at_a_round_boundary_and_fetches(make_net):
     assert net.ids[4] not in last.sources
 
 
-def test_a_newcomer_named_behind_that_catches_up_does_not_stop_the_run(make_net):
+@pytest.mark.parametrize("late", [0.2, 0.5, 1.5, 3.0])
+def test_a_newcomer_that_catches_up_does_not_stop_the_run(make_net, late):
     """Its first round is decided late without it; then it applies that decision."""
     net = make_net(5, min_peers=4, rounds=6)
     for i in range(4):
@@ -68,15 +71,86 @@ def test_a_newcomer_named_behind_that_catches_up_does_not_stop_the_run(make_net)
     assert net.run(30, lambda: any(r == 1 for _, r in net.decisions))
     newcomer = net.ids[4]
     net.start(4)
-    net.sums[newcomer].fetch_seconds = PATIENCE + 0.5
+    net.sums[newcomer].fetch_seconds = PATIENCE + late
     assert net.run(30, lambda: newcomer in net.commits[max(net.commits)].participants)
-    entered = max(net.commits)
     assert net.run(
         60, lambda: any(newcomer in d.contributors for d in net.decisions.values())
     )
     assert net.run(60, net.all_done)
-    assert max(net.commits) == entered, "it caught up: no generation was needed"
     assert len(net.final_states()) == 1
+
+
+def cut_off(net, index):
+    for other in range(len(net.ids)):
+        if other != index:
+            net.cut(index, other)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_worker_that_reaches_no_other_holds_nobody_up(make_net, tells):
+    net = started(make_net, rounds=4)
+    net.tells_cuts = tells
+    assert net.run(30, lambda: any(r == 0 for _, r in net.decisions))
+    cut_off(net, 2)
+    if tells:
+        coordinator = net.seats[net.ids[0]]
+        assert net.run(20, lambda: coordinator.pause(net.now) is not None)
+        pause = coordinator.pause(net.now)
+        assert pause.code == "worker_link_cut"
+        assert net.ids[2][-8:] in pause.reason
+    assert net.run(400, net.all_done)
+    assert net.ids[2] in net.commits[max(net.commits)].participants
+    facts = net.seats[net.ids[0]].ledger.facts(net.now)
+    assert (facts["peers_equal"], facts["peers_behind"]) == (3, 1)
+
+
+def test_two_workers_that_lose_each_other_for_a_while_end_equal(make_net):
+    net = started(make_net, n=2, rounds=5)
+    assert net.run(30, lambda: any(r == 1 for _, r in net.decisions))
+    net.cut(0, 1)
+    assert net.run(60, lambda: any(r == 3 for _, r in net.decisions))
+    net.cuts.clear()
+    assert net.run(120, net.all_done)
+    assert len(net.final_states()) == 1
+
+
+def test_a_slow_transfer_is_waited_for(make_net):
+    """Past every deadline, but no end calls the link broken."""
+    net = started(make_net, rounds=3)
+    net.tells_cuts = False
+    for one, other in ((0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)):
+        net.cut(one, other)
+    net.run(6 * PATIENCE)
+    assert not net.decisions
+    net.cuts.clear()
+    assert net.run(30, net.all_done)
+    assert max(net.commits) == 1
+    assert len(net.final_states()) == 1
+
+
+def test_a_wrong_state_is_counted_and_fetched_again(make_net):
+    net = started(make_net, rounds=5)
+    assert net.run(30, lambda: any(r == 1 for _, r in net.decisions))
+    net.sums[net.ids[2]].corrupt = True
+    assert net.run(60, net.all_done)
+    assert net.diverged == 1
+    assert [e.kind for _, _, e in net.log].count("diverged") == 1
+    generation = net.commits[2]
+    assert net.ids[2] in generation.participants
+    assert net.ids[2] not in generation.sources, "it fetches from the others"
+    assert max(net.commits) == 2
+    assert len(net.final_states()) == 1
+
+
+def test_a_wrong_last_state_is_fetched_again_before_the_end(make_net):
+    net = started(make_net, rounds=2)
+    assert net.run(30, lambda: any(r == 0 for _, r in net.decisions))
+    net.run(0.5)
+    net.sums[net.ids[1]].corrupt = True
+    assert net.run(60, net.all_done)
+    assert net.diverged == 1
+    assert len(net.final_states()) == 1
+    assert net.seats[net.ids[0]].ledger.facts(net.now)["peers_equal"] == 4
 
 
 def test_a_minority_pauses_and_resumes_after_the_heal(make_net):

@@ -1,4 +1,4 @@
-"""Any order of crashes, restarts, partitions and losses: safety always, progress after.
+"""Any order of crashes, partitions, losses, slowness and cuts: safety, then progress.
 
 ``JOBS_EXAMPLES`` and ``JOBS_STEPS`` raise the counts for a soak run.
 """
@@ -18,6 +18,8 @@ from hypothesis.stateful import (
 )
 
 PEERS = 5
+PROGRESS = 900.0
+"""Virtual seconds: six rounds with a stall each, and the wait at the end."""
 
 
 @pytest.fixture
@@ -30,10 +32,13 @@ def machine(make_net):
             rounds=st.integers(2, 6),
             min_peers=st.integers(1, 4),
             warm=st.sampled_from([0.0, 0.5, 2.0, 4.0]),
+            early=st.integers(2, PEERS),
+            tells_cuts=st.booleans(),
         )
-        def start(self, seed, rounds, min_peers, warm):
+        def start(self, seed, rounds, min_peers, warm, early, tells_cuts):
             self.net = make_net(PEERS, rounds=rounds, min_peers=min_peers, seed=seed)
-            for index in range(PEERS):
+            self.net.tells_cuts = tells_cuts
+            for index in range(early):  # the others are newcomers, when they restart
                 self.net.start(index)
             self.net.run(warm)
 
@@ -73,18 +78,49 @@ def machine(make_net):
         def lose(self, loss):
             self.net.loss = loss
 
+        @rule(index=st.integers(0, PEERS - 1), speed=st.sampled_from([1.0, 5.0, 11.0]))
+        def slow(self, index, speed):
+            """Inner steps that take longer than anybody's patience."""
+            if (sums := self.net.sums.get(self.net.ids[index])) is not None:
+                sums.speed = speed
+
+        @rule(
+            index=st.integers(0, PEERS - 1),
+            seconds=st.sampled_from([0.0, 2.0, 4.5, 6.0, 9.0]),
+        )
+        def newcomer(self, index, seconds):
+            """Somebody arrives with nothing, and fetches slowly."""
+            self.restart(index)
+            self.net.sums[self.net.ids[index]].fetch_seconds = seconds
+
+        @rule(one=st.integers(0, PEERS - 1), other=st.integers(0, PEERS - 1))
+        def cut(self, one, other):
+            self.net.cut(one, other)
+
+        @rule(index=st.integers(0, PEERS - 1))
+        def cut_off(self, index):
+            for other in range(PEERS):
+                self.net.cut(index, other)
+
+        @rule()
+        def mend(self):
+            self.net.cuts.clear()
+
         @rule()
         def heal(self):
             self.net.heal()
 
         def teardown(self):
+            """Daemons and networks heal; slow peers stay slow, cut workers stay cut."""
             if not hasattr(self, "net"):
                 return
             self.net.heal()
             for index, peer in enumerate(self.net.ids):
                 if peer not in self.net.seats:
                     self.net.start(index)
-            assert self.net.run(400, self.net.all_done), "no progress after the heal"
+            assert self.net.run(PROGRESS, self.net.all_done), (
+                "no progress after the heal"
+            )
 
     return Faults
 
