@@ -54,7 +54,7 @@ def up(
         raise SystemExit(status)
 
 
-def _mount_verbs(arguments: list[str]) -> None:
+def mount_verbs(arguments: list[str]) -> None:
     """Add the verbs of packages above this one (sim, demo) that are asked for."""
     first = arguments[0] if arguments else "--help"
     for point in entry_points(group="fabric.verbs"):
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     json = "--json" in arguments
     try:
-        _mount_verbs(arguments)
+        mount_verbs(arguments)
         app(arguments)
     except FabricError as error:
         show_error(error, json=json)

@@ -22,7 +22,7 @@ from fabric.app.control_messages import (
     Reply,
     Request,
 )
-from fabric.core.errors import ConfigError, FabricError
+from fabric.core.errors import ConfigError, FabricError, PeerTimeout
 from fabric.core.framing import FrameReader, encode_frame
 from fabric.core.telemetry import BUGS, Counters
 
@@ -33,7 +33,7 @@ MAX_CLIENTS = 64
 SEND_SECONDS = 30.0
 """Longest time a client may leave an answer unread."""
 
-_CLIENT_GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
+_CLIENT_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 Answer = Callable[[Request], AsyncGenerator[msgspec.Struct, None]]
 """Yields the results of a request; raises FabricError to refuse it."""
@@ -154,6 +154,8 @@ async def _send_results(
         await _send(stream, Done())
     except FabricError as exc:
         await _send(stream, failed_of(exc))
+    except trio.TooSlowError:
+        await _send(stream, failed_of(PeerTimeout("the peers did not answer in time")))
     except _CLIENT_GONE:
         raise
     except Exception as exc:
@@ -165,5 +167,7 @@ async def _send_results(
 
 
 async def _send(stream: trio.SocketStream, reply: Reply) -> None:
-    with trio.fail_after(SEND_SECONDS):
+    with trio.move_on_after(SEND_SECONDS) as scope:
         await stream.send_all(encode_frame(REPLIES.encode(reply)))
+    if scope.cancelled_caught:
+        raise trio.BrokenResourceError("the client does not read its answer")

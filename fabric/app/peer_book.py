@@ -94,6 +94,12 @@ class PeerBook:
         jitter = self._random.uniform(0.5, 1.0)
         contact.retry_at = now + jitter * min(longest, MAX_RETRY_SECONDS)
 
+    def retry_now(self, peers: Iterable[PeerId]) -> None:
+        """Dial these peers again without waiting: what kept them away has ended."""
+        for peer in peers:
+            if peer in self.contacts:
+                self.contacts[peer].retry_at = 0.0
+
     def next_timeout(self, connected: Iterable[PeerId]) -> float | None:
         """Return when :meth:`due` may have something, or None."""
         live = set(connected) | {self.own}

@@ -156,6 +156,7 @@ class Session:
 
     async def partition(self, peers: frozenset[PeerId]) -> None:
         """Cut contact with ``peers``; empty heals."""
+        self.book.retry_now(self.gate.cut - peers)
         self.gate.partition(peers)
         for peer in peers:
             await self.disconnect(peer)

@@ -10,7 +10,7 @@ from fabric.app import control_messages as m
 from fabric.app.aclient import AsyncClient
 from fabric.app.client import Client
 from fabric.app.control_server import serve_control
-from fabric.core.errors import ConfigError, RemoteRefused, Unavailable
+from fabric.core.errors import ConfigError, PeerTimeout, RemoteRefused, Unavailable
 from fabric.core.framing import encode_frame
 from fabric.core.telemetry import Counters
 
@@ -29,6 +29,8 @@ class Daemon:
                     yield m.Text1(str(i))
             case m.Join(token):
                 raise RemoteRefused(f"bad {token}", code="E_X", next_step="go home")
+            case m.Status():
+                raise trio.TooSlowError
             case m.Down():
                 raise KeyError("a bug")
             case m.JobEvents():
@@ -78,6 +80,12 @@ async def test_bug_is_reported_counted_and_survived(daemon):
     assert caught.value.code == "E_BUG"
     assert daemon.counters.snapshot() == {"bugs_total:control": 1}
     assert await sync(Client(daemon.path).mesh_init, "still here") == "still here"
+
+
+async def test_a_peer_that_is_too_slow_is_a_timeout(daemon):
+    with pytest.raises(PeerTimeout) as caught:
+        await sync(Client(daemon.path).status)
+    assert caught.value.exit_code == 7
 
 
 async def test_hanging_up_cancels_the_request(daemon):

@@ -49,6 +49,14 @@ def test_a_new_address_is_tried_at_once():
     assert made.due(0, ()) == [PEERS[0]]
 
 
+def test_healed_peers_are_dialled_at_once():
+    made = book(max_dials=9)
+    made.due(0, ())
+    made.on_failure(PEERS[0], NoRoute("cut"), 0)
+    made.retry_now([PEERS[0], PeerId("nobody")])
+    assert made.due(0, ()) == [PEERS[0]]
+
+
 class BookMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()

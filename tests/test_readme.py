@@ -1,0 +1,49 @@
+"""What the README tells people to type exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fabric.app.cli import app, mount_verbs
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+VERBS = sorted(
+    set(re.findall(r"^fabric ((?:mesh |sim )?[a-z]+)", README, re.MULTILINE))
+)
+TARGETS = sorted(set(re.findall(r"`?make ([a-z]+)", README)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_verbs():
+    mount_verbs(["--help"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_exists(verb):
+    command = app
+    for name in verb.split():
+        command = command[name]
+    assert command.help
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_target_exists(target):
+    assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_enough_is_found():
+    assert {"up", "mesh init", "invite", "join", "status", "run"} <= set(VERBS)
+    assert {"demo", "test", "bench"} <= set(TARGETS)
+
+
+def test_files_named_in_the_documents_exist():
+    named = set()
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        named |= set(
+            re.findall(r"`([a-z_]+(?:/[a-z_A-Z.-]+)+\.(?:py|md|toml|json))`", text)
+        )
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert missing == []
