@@ -1,18 +1,39 @@
-"""Hypothesis profiles: `fast` for every run, `soak` for the long counts."""
+"""Hypothesis profiles: `fast` for every run; SOAK_FACTOR multiplies every count."""
 
 import os
 
 from hypothesis import HealthCheck, settings
 
-# shrinking a state machine can take minutes: `fast` reports the seed instead
+# shrinking a state machine can take minutes: the seed is reported instead
 settings.register_profile(
     "fast", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile(
-    "soak",
-    deadline=None,
-    max_examples=2000,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+settings.load_profile("fast")
+
+FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
+
+
+def pytest_collection_modifyitems(items):
+    """Multiply the example counts that tests state, for a soak."""
+    if FACTOR == 1:
+        return
+    seen = set()
+    for item in items:
+        machine = getattr(item, "cls", None)
+        if machine is not None and isinstance(
+            getattr(machine, "settings", None), settings
+        ):
+            if machine not in seen:
+                machine.settings = scaled(machine.settings)
+                seen.add(machine)
+            continue
+        test = getattr(item, "obj", None)
+        test = getattr(test, "__func__", test)
+        stated = getattr(test, "_hypothesis_internal_use_settings", None)
+        if stated is not None and test not in seen:
+            test._hypothesis_internal_use_settings = scaled(stated)
+            seen.add(test)
+
+
+def scaled(stated):
+    return settings(stated, max_examples=stated.max_examples * FACTOR)

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FACTOR = 20
+"""Examples of each property test, as a multiple of its count in `make test`."""
 AREAS = {
     "state": ["tests/crdt_store", "tests/jobs", "tests/dht"],
     "net": ["tests/net", "tests/bulk", "tests/attestation"],
@@ -41,7 +43,7 @@ def next_seed(results: Path, at: str) -> int:
 
 def run_once(area: str, seed: int, limit: float) -> dict[str, object]:
     environ = os.environ | {
-        "HYPOTHESIS_PROFILE": "soak",
+        "SOAK_FACTOR": str(FACTOR),
         "FABRIC_TEST_SEED": str(seed),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
