@@ -121,11 +121,10 @@ class WorkerProcessLink:
         status: int | None = None
         with trio.move_on_after(_REAP_SECONDS):
             status = await self.wait()
-        if status is None:
-            return Unavailable("the worker closed its link", code="E_WORKER_EXITED")
         tail = self._tail.text(wait_seconds=0.2)
+        ended = "closed its link" if status is None else f"exited with status {status}"
         return Unavailable(
-            f"worker exited with status {status}: {tail or 'no output'}",
+            f"the worker {ended}: {tail or 'no output'}",
             code="E_WORKER_EXITED",
             next_step="read worker.log in the job's scratch directory",
         )

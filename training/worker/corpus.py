@@ -36,7 +36,9 @@ def read_sources(root: Path) -> bytes:
     parts: list[bytes] = []
     size = 0
     for path in sorted(root.rglob("*.py")):
-        if _LEFT_OUT & set(path.relative_to(root).parts):
+        # a distribution may link a file to /etc: no part of the library, and a worker
+        # cannot read there
+        if path.is_symlink() or _LEFT_OUT & set(path.relative_to(root).parts):
             continue
         text = path.read_bytes()
         parts.append(text)
