@@ -225,6 +225,8 @@ class LocalMesh:
         except PeerTimeout:
             for name in self.names:
                 self.kill(name)
+        for child in self._children.values():
+            child.wait(grace_seconds)  # those that are ours leave no zombie
         (self.directory / "sim.json").unlink(missing_ok=True)
 
     def _signal(self, name: str, number: signal.Signals) -> None:

@@ -42,7 +42,7 @@ from fabric.app.membership_file import MeshMembership
 from fabric.app.peer_book import PeerBook
 from fabric.app.serving import Serving
 from fabric.app.session_gate import LateAuthority, SessionGate
-from fabric.core.errors import FabricError, NoRoute, Unavailable
+from fabric.core.errors import FabricError, NoRoute, RemoteRefused, Unavailable
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
@@ -109,8 +109,11 @@ class Session:
     async def join_through(self, bootstrap: Sequence[str]) -> None:
         """Be admitted by any of ``bootstrap`` and take in the mesh's state.
 
+        A member's no is an answer: only silence and failure send us to the next, who
+        may not have heard yet what the first one knows.
+
         Raises:
-            FabricError: why the last of them refused, or that none answers.
+            FabricError: why one of them refused, or that none answers.
         """
         error: FabricError = NoRoute(
             "the invite names no address", next_step="ask for a new token"
@@ -120,6 +123,8 @@ class Session:
             try:
                 await self.connector.meet(peer, (addr,))
                 await self.store.sync_with(peer)
+            except RemoteRefused:
+                raise
             except FabricError as exc:
                 error = exc
             else:
