@@ -12,6 +12,7 @@ from fabric.core.ids import PeerId
 from fabric.jobs.coordinator import Coordinator
 from fabric.jobs.effects import Diverged, Effect, Fact, Recorded
 from fabric.jobs.ledger import Ledger
+from fabric.jobs.liveness import Liveness
 from fabric.jobs.messages import (
     Beat,
     Generation,
@@ -24,9 +25,10 @@ from fabric.jobs.messages import (
     StateHeld,
 )
 from fabric.jobs.outbox import Outbox
-from fabric.jobs.quorum import electors
+from fabric.jobs.quorum import electors, has_majority
 from fabric.jobs.spec import JobSpec
-from fabric.jobs.states import Trigger
+from fabric.jobs.states import Pause, Trigger
+from fabric.jobs.succession import no_quorum
 
 Upward = RoundReport | StateHeld | PeerFacts | Saved | Join | Leave
 """What participants and newcomers tell the coordinator."""
@@ -42,6 +44,7 @@ class Chair:
         ledger: The job's numbers.
         outbox: Where orders go.
         effects: Where events go.
+        liveness: Who answers; watches this generation's electors.
         now: Monotonic seconds.
     """
 
@@ -54,14 +57,42 @@ class Chair:
         ledger: Ledger,
         outbox: Outbox,
         effects: list[Effect],
+        liveness: Liveness,
         now: float,
     ) -> None:
         self._me, self._generation, self._spec = me, generation, spec
         self._ledger, self._outbox, self._effects = ledger, outbox, effects
+        self._liveness = liveness
         self.role = Coordinator(generation, spec, now)
         self._beat_due = now
         self._asked_saver: PeerId | None = None
         self.verdict: tuple[Trigger, str] | None = None
+
+    def missing(self, now: float) -> tuple[PeerId, ...]:
+        """Return the lost electors, if those we hear are no majority."""
+        group, lost = electors(self._generation), self._liveness.lost(now)
+        return () if has_majority(group, group - lost) else tuple(sorted(lost))
+
+    def pause(self, now: float) -> Pause | None:
+        """Return why nothing is decided, or less than could be; None if all is well."""
+        if missing := self.missing(now):
+            return no_quorum(missing)
+        return self.role.waiting(self._live(now))
+
+    def _live(self, now: float) -> frozenset[PeerId]:
+        return self.role.participants - self._liveness.lost(now)
+
+    def wanted(self, now: float, *, fenced: bool) -> tuple[PeerId, ...] | None:
+        """Return who should be in a new generation; None when none is wanted now.
+
+        Args:
+            now: Monotonic seconds.
+            fenced: Whether a later epoch was promised, so this one cannot go on.
+        """
+        if not fenced and not self.role.change_wanted(self._live(now), now):
+            return None
+        lost = () if self.role.genesis else self._liveness.lost(now)
+        return tuple(p for p in self.role.wanted() if p not in lost)
 
     def take(self, sender: PeerId, message: Upward, now: float) -> None:
         """Take a message of this epoch."""
@@ -104,8 +135,9 @@ class Chair:
         for peer in electors(generation) - {self._me}:
             self._outbox.put(peer, "beat", beat, now)
 
-    def decide(self, live: frozenset[PeerId], now: float) -> None:
+    def decide(self, now: float) -> None:
         """Decide the round, or complete the job, if either can be done now."""
+        live = self._live(now)
         closed = self.role.decide(live, now)
         working = live - self.role.broken
         if closed is not None:

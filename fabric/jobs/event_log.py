@@ -7,18 +7,22 @@ a successor records always sorts after what its predecessor recorded.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import msgspec
 
 from fabric.core.codec import Codec
+from fabric.core.ids import PeerId, short
 from fabric.jobs.messages import Count, FactDict, Job
 
 _SHIFT = 24
 """16 million events per epoch, 500 million epochs: together below 2**53."""
 
 MAX_EVENTS_PER_REPLY = 500
+
+MAX_NAMED = 50
+"""Participants named in an event: 9 characters each, a fact has at most 500."""
 
 
 class JobEvent(msgspec.Struct, frozen=True):
@@ -109,3 +113,8 @@ class EventLog:
         """Return up to MAX_EVENTS_PER_REPLY events after number ``seq``."""
         found = [event for event in self._events if event.seq > seq]
         return found[:MAX_EVENTS_PER_REPLY]
+
+
+def names_of(peers: Sequence[PeerId]) -> str:
+    """Return the short ids of up to MAX_NAMED ``peers``, joined by commas."""
+    return ",".join(short(peer) for peer in peers[:MAX_NAMED])

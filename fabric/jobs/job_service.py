@@ -44,6 +44,7 @@ from fabric.jobs.runner import RunnerEvent, RunnerFailed
 from fabric.jobs.runner_service import Command, RunnerHost
 from fabric.jobs.seat import Seat
 from fabric.jobs.states import JobStatus
+from fabric.jobs.views import status_of
 from fabric.net.rpc_api import Rpc
 
 logger = logging.getLogger(__name__)
@@ -356,7 +357,7 @@ class JobTask:
         seat, now = self.seat, trio.current_time()
         if seat.committed.coordinator != seat.me:
             return
-        status = seat.status(now)
+        status = status_of(seat, now)
         if generation is None and status == self._published:
             return
         self._published = status

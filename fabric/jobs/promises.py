@@ -16,7 +16,7 @@ import msgspec
 
 from fabric.core.codec import Codec
 from fabric.core.errors import IntegrityError
-from fabric.core.ids import JobId
+from fabric.core.ids import JobId, PeerId
 from fabric.jobs.messages import (
     ACK_BODY,
     MAX_PENDING,
@@ -30,6 +30,13 @@ from fabric.jobs.messages import (
     generation_hash,
 )
 from fabric.jobs.quorum import electors
+from fabric.jobs.spec import JobSpec
+
+
+def genesis_of(job: JobId, spec: JobSpec) -> Generation:
+    """Return generation 0, implied by the spec: the submitter alone."""
+    submitter = PeerId(spec.submitter)
+    return Generation(job, 0, submitter, (submitter,), 0, "", (), "")
 
 
 class Held(NamedTuple):

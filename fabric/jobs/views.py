@@ -28,9 +28,24 @@ class JobView(msgspec.Struct, frozen=True):
     facts: dict[str, str | int | float | bool]
 
 
+def status_of(seat: Seat, now: float) -> JobStatus:
+    """Return what the status slot of a job should say, as this peer's seat knows it."""
+    train = seat.spec.kind == "train"
+    rounds = seat.spec.train.outer.rounds if train else 0
+    return JobStatus(
+        state=seat.state,
+        counter=seat.committed.counter,
+        coordinator=seat.committed.coordinator,
+        round=min(seat.next_round, rounds),
+        rounds=rounds,
+        pause=seat.pause(now),
+        facts=seat.ledger.slot_facts(now),
+    )
+
+
 def view_of_seat(seat: Seat, now: float, fault: str = "") -> JobView:
     """Return a job's row as this peer's seat knows it."""
-    status = seat.status(now)
+    status = status_of(seat, now)
     reason = status.pause.reason if status.pause is not None else seat.reason
     if fault:
         reason = f"stopped here: {fault}"

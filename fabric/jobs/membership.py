@@ -1,0 +1,77 @@
+"""Does this peer want a place in a job's next generation? Joining, leaving, failing.
+
+A peer asks until a generation lists it. After a failed worker it waits, longer each
+time, and asks again; after MAX_WORKER_FAILURES it leaves the job to others.
+"""
+
+from __future__ import annotations
+
+from fabric.core.ids import PeerId
+
+MAX_WORKER_FAILURES = 3
+"""After so many failed workers this peer no longer asks to take part."""
+
+
+class Membership:
+    """One peer's wish to take part in one job.
+
+    Args:
+        patience: Seconds, the spec's one knob.
+        now: Monotonic seconds.
+    """
+
+    def __init__(self, patience: float, now: float) -> None:
+        self._patience = patience
+        self._due = now
+        self._failures = 0
+        self.joins = False
+        self.leaving = False
+        self.hint: PeerId | None = None
+        self.failure = ""
+        """Why the last worker failed, or empty."""
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether too many workers failed here."""
+        return self._failures >= MAX_WORKER_FAILURES
+
+    def wish(self, joins: bool, hint: PeerId | None, now: float) -> None:
+        """Set whether we want to take part, and whom to ask if we know better."""
+        self.hint = hint
+        if joins and not self.joins:
+            self._due = now
+        self.joins = joins
+
+    def leave(self) -> None:
+        """We want to be left out, of this generation and of later ones."""
+        self.leaving, self.joins = True, False
+
+    def worker_failed(self, reason: str, now: float) -> None:
+        """A worker failed: ask for a place again, but later each time."""
+        self.leaving = False
+        self.failure = reason
+        self._failures += 1
+        if self.gave_up:
+            self.joins = False
+        self._due = now + self._patience * 2**self._failures / 4
+
+    def hurry(self, now: float) -> None:
+        """A coordinator that waits for us is heard: ask at once."""
+        if self.joins:
+            self._due = min(self._due, now)
+
+    def asked(self, now: float) -> None:
+        """We asked; ask again after a patience."""
+        self._due = now + self._patience
+
+    def asks(self, now: float, *, placed: bool, has_state: bool) -> bool:
+        """Return whether to ask for a place now.
+
+        Args:
+            now: Monotonic seconds.
+            placed: Whether a generation that acts lists us.
+            has_state: Whether our worker holds a state: false once it failed.
+        """
+        if not self.joins or now < self._due:
+            return False
+        return not placed or (self._failures > 0 and not has_state)

@@ -1,0 +1,334 @@
+"""One peer's role in the newest generation of a job, and how the next one comes about.
+
+Campaigns when the coordinator is silent, or, as coordinator, when a change is wanted;
+enters what was committed; presides if it names us; ends the job.
+"""
+
+from __future__ import annotations
+
+import random
+
+from fabric.core.errors import IntegrityError, RemoteProtocolError
+from fabric.core.ids import JobId, PeerId
+from fabric.jobs.chair import Chair, Upward
+from fabric.jobs.coordinator import max_participants
+from fabric.jobs.effects import (
+    Apply,
+    Effect,
+    Ended,
+    Fact,
+    Persist,
+    Publish,
+    Recorded,
+    Retire,
+)
+from fabric.jobs.ending import Outcome
+from fabric.jobs.event_log import names_of
+from fabric.jobs.ledger import Ledger
+from fabric.jobs.liveness import Liveness
+from fabric.jobs.membership import Membership
+from fabric.jobs.messages import (
+    Commit,
+    Done,
+    Generation,
+    JobMessage,
+    Join,
+    Leave,
+    Nack,
+    Save,
+    Standing,
+)
+from fabric.jobs.outbox import Outbox
+from fabric.jobs.participant import Participant
+from fabric.jobs.promises import Acceptor, PromiseRecord, genesis_of
+from fabric.jobs.proposer import NOBODY, Wish, check_commit
+from fabric.jobs.quorum import electors
+from fabric.jobs.spec import JobSpec
+from fabric.jobs.states import JobState, Trigger, advance
+from fabric.jobs.succession import Succession
+
+REASON_FACT = "reason"
+"""Why a job ended, among the facts of its status."""
+
+
+class Tenure:
+    """What one peer is in one job: candidate, participant, perhaps coordinator.
+
+    Args:
+        me: This peer.
+        job: The job.
+        spec: Its spec.
+        record: Persisted promises, or None when we never promised anything.
+        now: Monotonic seconds.
+        seed: Of the back-off's jitter.
+    """
+
+    def __init__(
+        self,
+        me: PeerId,
+        job: JobId,
+        spec: JobSpec,
+        *,
+        record: PromiseRecord | None,
+        now: float,
+        seed: int,
+    ) -> None:
+        self.me, self.job, self.spec = me, job, spec
+        rng = random.Random(f"{seed}:{self.me}:{job}")
+        patience = spec.fault.patience_seconds
+        self.acceptor = Acceptor(job, genesis_of(job, spec), record)
+        self.outbox = Outbox(patience / 4)
+        self.effects: list[Effect] = []
+        self.ledger = Ledger()
+        self.liveness = Liveness(patience)
+        self.succession = Succession(self.me, patience, rng, now)
+        self.membership = Membership(patience, now)
+        self.members: frozenset[PeerId] = frozenset()
+        self.chair: Chair | None = None
+        # after a restart nothing is held and no round's reports are known
+        resumed = record is not None and self.committed.counter > 0
+        begun = self.committed.counter > 0
+        self.outcome = Outcome(job, JobState.RUNNING if begun else JobState.QUEUED)
+        self.part = Participant(
+            self.me,
+            job,
+            acceptor=self.acceptor,
+            succession=self.succession,
+            membership=self.membership,
+            ledger=self.ledger,
+            effects=self.effects,
+            patience=patience,
+            now=now,
+            resumed=resumed,
+        )
+        if not resumed:
+            self._take_role(now)
+
+    @property
+    def committed(self) -> Generation:
+        """Newest generation we know to be committed."""
+        return self.acceptor.committed
+
+    @property
+    def over(self) -> bool:
+        """Whether the job ended."""
+        return self.outcome.over
+
+    # -- the coordinator's ear
+
+    def tell(self, name: str, message: Upward, now: float) -> None:
+        """Send ``message`` to the coordinator, who may be ourselves."""
+        if self.over:
+            return
+        if self.committed.coordinator == self.me:
+            self.coordinate(self.me, message, now)
+        else:
+            self.outbox.put(self.committed.coordinator, name, message, now)
+
+    def coordinate(self, sender: PeerId, message: Upward, now: float) -> JobMessage:
+        """Take a participant's message as coordinator."""
+        mine = self.committed.counter
+        counter = mine if isinstance(message, Join | Leave) else message.counter
+        if counter > mine:
+            return self.acceptor.refuse("E_NOT_YET", f"epoch {counter} is unknown here")
+        if self.chair is None or counter < mine:
+            return self.acceptor.refuse("E_NOT_COORDINATOR", "not under this epoch")
+        self.chair.take(sender, message, now)
+        return Done()
+
+    def save_refused(self, peer: PeerId, save: Save) -> None:
+        """``peer`` does not write the checkpoint."""
+        if self.chair is not None and save.counter == self.committed.counter:
+            self.chair.save_refused(peer)
+
+    # -- generations
+
+    def audience(self) -> frozenset[PeerId]:
+        """Return who votes on the next generation."""
+        return electors(self.committed)
+
+    def note_promise(self, peer: PeerId, reply: Standing | Nack) -> None:
+        """Remember the highest epoch an elector promised."""
+        if peer in self.audience():
+            self.succession.highest_seen = max(
+                self.succession.highest_seen, reply.promised
+            )
+
+    def learn(self, commit: Commit, now: float) -> None:
+        """Adopt a newer committed generation."""
+        if commit.generation.counter <= self.committed.counter or self.over:
+            return
+        try:
+            check_commit(commit, self.committed)
+            record = self.acceptor.on_commit(commit)
+        except (IntegrityError, RemoteProtocolError) as exc:
+            self.record("commit_refused", None, {"reason": exc.reason})
+            return
+        if record is not None:
+            self.effects.append(Persist(record))
+            self._enter(commit.generation, now)
+
+    def _enter(self, generation: Generation, now: float) -> None:
+        """Act, or stop acting, in a generation we just adopted."""
+        self.succession.entered(now)
+        self.outbox.clear()
+        self.part.enter(generation)
+        self.outcome.started()
+        self.ledger.start(now)
+        self._take_role(now)
+        self.record(
+            "generation",
+            generation.coordinator,
+            {
+                "counter": generation.counter,
+                "participants": len(generation.participants),
+                "peers": names_of(generation.participants),
+                "round": generation.base_round,
+            },
+        )
+        if self.chair is not None:
+            self.effects.append(Publish(generation))
+        if self.me not in generation.participants:
+            self.part.drop()
+            self.effects.append(Retire())
+        elif self.part.takes_part:
+            self.effects.append(Apply(generation))
+            if self.membership.leaving:
+                self.tell("leave", Leave(self.job), now)
+            if (held := self.part.base_held()) is not None:
+                self.tell("held", held, now)
+
+    def _take_role(self, now: float) -> None:
+        generation = self.committed
+        mine = generation.coordinator == self.me and not self.acceptor.fenced
+        self.chair = self._take_chair(now) if mine else None
+        self.part.presides = mine
+        self.liveness.watch(electors(generation) - {self.me} if mine else (), now)
+
+    def _take_chair(self, now: float) -> Chair:
+        return Chair(
+            self.me,
+            self.committed,
+            self.spec,
+            ledger=self.ledger,
+            outbox=self.outbox,
+            effects=self.effects,
+            liveness=self.liveness,
+            now=now,
+        )
+
+    # -- time
+
+    def tick(self, now: float) -> None:
+        """Do what is due."""
+        self.conclude_campaign(now)
+        if (facts := self.part.due_facts(now)) is not None:
+            self.tell("facts", facts, now)
+        if self.chair is not None:
+            self._coordinate_tick(self.chair, now)
+        elif self.me in self.committed.participants:
+            self._candidate_tick(now)
+        if not self.over:
+            self._ask_to_join(now)
+
+    def _ask_to_join(self, now: float) -> None:
+        """Ask the coordinator for a place, until a generation lists us."""
+        placed = self.part.takes_part
+        has_state = self.part.held.has_state
+        if not self.membership.asks(now, placed=placed, has_state=has_state):
+            return
+        mine = self.me in self.committed.participants
+        if mine and not placed and self.acceptor.fenced:
+            return  # our promise is about a generation that will list us
+        self.membership.asked(now)
+        target = self.membership.hint or self.committed.coordinator
+        if self.me not in (target, self.committed.coordinator):
+            self.outbox.put(target, "join", Join(self.job), now)
+        elif self.chair is not None:
+            self.coordinate(self.me, Join(self.job), now)
+
+    # -- candidate
+
+    def _candidate_tick(self, now: float) -> None:
+        ours = self.committed.coordinator == self.me  # restarted, or fenced
+        if ours or self.succession.due(self.committed, now):
+            self._start_campaign(now, self.committed.participants)
+
+    def _start_campaign(self, now: float, wanted: tuple[PeerId, ...]) -> None:
+        if self.part.applying(now):
+            return
+        wish = Wish(
+            participants=wanted,
+            max_peers=max_participants(self.spec),
+            members=self.members,
+            avoid_coordinator=self.me not in wanted,
+            depose=self.committed.coordinator == self.me,
+        )
+        promised = self.acceptor.promised
+        self.succession.start(self.committed, wish, promised, now)
+
+    def conclude_campaign(self, now: float) -> None:
+        """Act on the end of a campaign, if one ended."""
+        campaign = self.succession.conclude(now)
+        if campaign is None:
+            return
+        if campaign.commit is not None:
+            self._won(campaign.commit, electors(campaign.base), now)
+        elif campaign.newer is not None:
+            self.learn(campaign.newer, now)
+        elif campaign.reason == NOBODY and self.membership.failure:
+            self.end(Trigger.BROKE, self.membership.failure, now)
+
+    def _won(self, commit: Commit, before: frozenset[PeerId], now: float) -> None:
+        self.learn(commit, now)
+        if self.committed is commit.generation:
+            for peer in sorted(before | self.audience()):
+                if peer != self.me:
+                    self.outbox.put(peer, "commit", commit, now)
+
+    # -- coordinator
+
+    def _coordinate_tick(self, chair: Chair, now: float) -> None:
+        missing = chair.missing(now)
+        chair.beat(missing, now)
+        if missing:
+            return
+        seen = max(self.acceptor.promised, self.succession.highest_seen)
+        wanted = chair.wanted(now, fenced=seen > self.committed.counter)
+        if wanted is not None:
+            self._start_campaign(now, wanted)
+        elif self.succession.campaign is None:
+            chair.decide(now)
+        if chair.verdict is not None:
+            self.end(*chair.verdict, now)
+
+    # -- the end
+
+    def end(self, trigger: Trigger, reason: str, now: float) -> None:
+        """End the job as its coordinator and tell everybody."""
+        state = advance(self.outcome.state, trigger)
+        tell = self.audience() | (
+            self.chair.role.joiners.keys() if self.chair else set()
+        )
+        self.outbox.clear()
+        if reason:
+            self.ledger.put(REASON_FACT, reason[:500])
+        self.adopt_end(state, reason)
+        self.effects.append(Publish())
+        finished = self.outcome.finished(self.committed.counter)
+        for peer in sorted(tell - {self.me}):
+            self.outbox.put(peer, "finished", finished, now)
+
+    def adopt_end(self, state: JobState, reason: str) -> None:
+        """Follow the end of the job."""
+        if not self.outcome.adopt(state, reason):
+            return
+        self.succession.campaign, self.chair = None, None
+        self.part.presides = False
+        self.outbox.clear()
+        self.record(state.value, self.me, {"reason": reason} if reason else {})
+        self.effects += [Retire(), Ended(state)]
+
+    def record(self, kind: str, peer: PeerId | None, facts: dict[str, Fact]) -> None:
+        """Note an event for the job's log."""
+        self.effects.append(Recorded(kind, peer, facts))
