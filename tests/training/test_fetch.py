@@ -117,3 +117,24 @@ def test_an_answer_nobody_asked_for_is_ignored():
     finish(fetch, 0.0, {A, B})
     assert fetch.done
     assert bytes(fetch.data) == DATA
+
+
+def listed():
+    fetch = StateFetch(NAME, len(DATA), [A, B], patience_seconds=5.0)
+    fetch.source_ready(A)
+    assert [peer for peer, _ in fetch.requests(0.0)] == [A]
+    fetch.list_received(A, LIST)
+    assert list(fetch.requests(0.1)) == []
+    return fetch
+
+
+def test_a_lone_source_waits_a_little_for_company():
+    fetch = listed()
+    assert 0.1 < fetch.next_deadline() <= 1.2
+    fetch.source_ready(B)
+    assert {peer for peer, _ in fetch.requests(0.2)} == {A, B}
+
+
+def test_a_lone_source_is_enough_after_a_while():
+    fetch = listed()
+    assert {peer for peer, _ in fetch.requests(fetch.next_deadline())} == {A}

@@ -18,6 +18,10 @@ from training.messages import StateBlockRequest, StateListRequest
 
 WINDOW_BLOCKS = 3
 """Blocks asked of one source at a time: one on the wire, one being cut, one asked."""
+GATHER_SOURCES = 2
+"""Sources to wait for before blocks are asked, so that no one carries it all."""
+GATHER_SHARE = 0.2
+"""Share of patience for which a lone source waits for company."""
 _LIST = -1
 
 Request = StateListRequest | StateBlockRequest
@@ -57,6 +61,7 @@ class StateFetch:
         self._sources = {peer: _Source() for peer in sorted(sources)}
         self._digests: tuple[bytes, ...] = ()
         self._missing: list[int] = [_LIST]
+        self._gather_until: float | None = None
 
     @property
     def done(self) -> bool:
@@ -87,6 +92,8 @@ class StateFetch:
             if any(deadline <= now for deadline in source.waiting.values()):
                 source.slow += 1
                 self._release(source)
+        if self._gathering(now):
+            return
         # Least often slow, then least loaded: blocks spread over the sources, and a
         # silent one is not asked for the same block again and again.
         while self._missing and (ready := self._askable()):
@@ -104,7 +111,25 @@ class StateFetch:
             for source in self._sources.values()
             for deadline in source.waiting.values()
         ]
+        if self._gather_until is not None:
+            deadlines.append(self._gather_until)
         return min(deadlines, default=None)
+
+    def _gathering(self, now: float) -> bool:
+        """Whether to wait a little for a second source before asking for blocks."""
+        usable = [s for s in self._sources.values() if not s.refused]
+        ready = sum(source.ready for source in usable)
+        waits = (
+            bool(self._digests)
+            and not self.received_from
+            and 0 < ready < min(GATHER_SOURCES, len(usable))
+        )
+        if not waits:
+            self._gather_until = None
+            return False
+        if self._gather_until is None:
+            self._gather_until = now + GATHER_SHARE * self._patience
+        return now < self._gather_until
 
     def list_received(self, peer: PeerId, payload: bytes | bytearray) -> None:
         """Accept ``peer``'s list of block digests.
