@@ -99,6 +99,8 @@ class Net:
         self.groups: list[set[PeerId]] = [set(self.ids)]
         self.cuts: set[frozenset[PeerId]] = set()
         self.tells_cuts = True
+        self.assignment = (0, "")
+        self.aloof: set[PeerId] = set()
         self.disk: dict[PeerId, bytes] = {}
         self.seats: dict[PeerId, Seat] = {}
         self.sums: dict[PeerId, Sums] = {}
@@ -128,7 +130,8 @@ class Net:
             seed=1,
         )
         seat.set_members(self.ids)
-        seat.set_joining(True, None, self.now)
+        hint = PeerId(self.assignment[1]) if self.assignment[0] else None
+        seat.set_joining(peer not in self.aloof, hint, self.now)
         self.seats[peer], self.sums[peer] = seat, Sums()
         self.due[peer] = self.now
 
@@ -243,8 +246,22 @@ class Net:
                 self.log.append((self.now, peer, effect))
             case Diverged():
                 self.diverged += effect.num_peers
-            case Publish() | Ended():
+            case Publish():
+                if effect.generation is not None:
+                    self.later(0.5, self.replicate(effect.generation))
+            case Ended():
                 pass
+
+    def replicate(self, generation: Generation) -> Callable[[], None]:
+        """Tell those who want a place who coordinates, as the replicated store does."""
+
+        def tell() -> None:
+            newest = (generation.counter, generation.coordinator)
+            self.assignment = max(self.assignment, newest)
+            for peer in self.seats.keys() - self.aloof:
+                self.seats[peer].set_joining(True, PeerId(self.assignment[1]), self.now)
+
+        return tell
 
     def saved(self, peer: PeerId, root: str) -> None:
         if peer in self.seats:
@@ -274,6 +291,8 @@ class Net:
         sums = self.sums[peer]
         generation = sums.generation
         if generation is None:
+            return
+        if self.spec.kind == "serve":
             return
         if sums.fetching:
             self.fetch(peer, sums, generation)

@@ -205,10 +205,9 @@ def test_a_restarted_coordinator_takes_a_new_epoch(make_net):
 
 def test_of_two_one_goes_on_with_a_witness(make_net):
     net = make_net(3, min_peers=2, rounds=6)
-    net.start(0)
-    net.start(1)
-    net.start(2)
-    net.seats[net.ids[2]].set_joining(False, None, 0.0)
+    net.aloof.add(net.ids[2])
+    for i in range(3):
+        net.start(i)
     assert net.run(30, lambda: any(r == 1 for _, r in net.decisions))
     assert net.commits[1].witness == net.ids[2]
     net.kill(0)
