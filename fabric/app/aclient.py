@@ -55,24 +55,24 @@ class AsyncClient:
 
     async def mesh_init(self, name: str) -> str:
         """Create a mesh owned by this peer; return its id."""
-        return (await self.one(m.MeshInit(name), m.Text1)).text
+        return (await self.one(m.MeshInit(name), m.Line)).text
 
     async def invite(
         self, *, role: str = "worker", ttl_seconds: float = 3600, uses: int = 1
     ) -> str:
         """Return a token with which ``uses`` peers can join."""
-        return (await self.one(m.Invite(role, ttl_seconds, uses), m.Text1)).text
+        return (await self.one(m.Invite(role, ttl_seconds, uses), m.Line)).text
 
     async def join(self, token: str) -> str:
         """Join the mesh of ``token``; return the mesh's id."""
-        return (await self.one(m.Join(token), m.Text1)).text
+        return (await self.one(m.Join(token), m.Line)).text
 
     async def submit(
         self, spec: JobSpec | str | Path, set: Mapping[str, object] | None = None
     ) -> AsyncJob:
         """Submit a job; ``spec`` may be the path of a TOML file."""
         encoded = CODEC.encode(spec_of(spec, set))
-        return AsyncJob(self, (await self.one(m.Submit(encoded), m.Text1)).text)
+        return AsyncJob(self, (await self.one(m.Submit(encoded), m.Line)).text)
 
     async def jobs(self) -> list[m.JobRow]:
         """Return the jobs of the mesh."""
@@ -111,7 +111,7 @@ class AsyncJob:
 
     async def stop(self) -> None:
         """Cancel the job."""
-        await self._client.one(m.StopJob(self.id), m.Text1)
+        await self._client.one(m.StopJob(self.id), m.Line)
 
 
 @asynccontextmanager

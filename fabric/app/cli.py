@@ -40,7 +40,7 @@ def up(
         home: Directory of this peer instead of the XDG directories.
         name: Name shown to others.
         listen: Control-plane address, e.g. /ip4/0.0.0.0/tcp/4001.
-        set: Settings as key=value, e.g. --set store.sync_seconds=2.
+        set: Settings as key=value, e.g. --set store.sync_period_seconds=2.
     """
     from fabric.app.daemon import run_daemon
 

@@ -116,28 +116,28 @@ class Client:
 
     def mesh_init(self, name: str) -> str:
         """Create a mesh owned by this peer; return its id."""
-        return self.one(m.MeshInit(name), m.Text1).text
+        return self.one(m.MeshInit(name), m.Line).text
 
     def invite(
         self, *, role: str = "worker", ttl_seconds: float = 3600, uses: int = 1
     ) -> str:
         """Return a token with which ``uses`` peers can join."""
-        return self.one(m.Invite(role, ttl_seconds, uses), m.Text1).text
+        return self.one(m.Invite(role, ttl_seconds, uses), m.Line).text
 
     def join(self, token: str) -> str:
         """Join the mesh of ``token``; return the mesh's id."""
-        return self.one(m.Join(token), m.Text1).text
+        return self.one(m.Join(token), m.Line).text
 
     def leave(self) -> None:
         """Leave the mesh and forget it."""
-        self.one(m.Leave(), m.Text1)
+        self.one(m.Leave(), m.Line)
 
     def submit(
         self, spec: JobSpec | str | Path, set: Mapping[str, object] | None = None
     ) -> Job:
         """Submit a job; ``spec`` may be the path of a TOML file."""
         encoded = CODEC.encode(spec_of(spec, set))
-        return Job(self, self.one(m.Submit(encoded), m.Text1).text)
+        return Job(self, self.one(m.Submit(encoded), m.Line).text)
 
     def job(self, job: str) -> Job:
         """Return the job whose id starts with ``job``."""
@@ -161,15 +161,15 @@ class Client:
     ) -> str:
         """Serve a checkpoint; return the base URL of its OpenAI-compatible API."""
         request = m.Serve(checkpoint, stages, port, model_name)
-        return self.one(request, m.Text1, timeout=180).text
+        return self.one(request, m.Line, timeout=180).text
 
     def content_add(self, path: Path) -> str:
         """Add a file or directory to the content store; return its root."""
-        return self.one(m.ContentAdd(str(path.absolute())), m.Text1).text
+        return self.one(m.ContentAdd(str(path.absolute())), m.Line).text
 
     def content_get(self, root: str, path: Path) -> None:
         """Fetch ``root`` from any peers that hold it and write it to ``path``."""
-        self.one(m.ContentGet(root, str(path.absolute())), m.Text1, timeout=3600)
+        self.one(m.ContentGet(root, str(path.absolute())), m.Line, timeout=3600)
 
     def content(self) -> list[m.ContentRow]:
         """Return the content held here."""
@@ -181,11 +181,11 @@ class Client:
 
     def partition(self, peers: tuple[str, ...]) -> None:
         """Refuse contact with ``peers``; an empty tuple heals."""
-        self.one(m.Partition(peers), m.Text1)
+        self.one(m.Partition(peers), m.Line)
 
     def down(self, *, drain: bool = False) -> None:
         """End the daemon."""
-        self.one(m.Down(drain), m.Text1)
+        self.one(m.Down(drain), m.Line)
 
 
 class Job:
@@ -228,7 +228,7 @@ class Job:
 
     def stop(self) -> None:
         """Cancel the job."""
-        self._client.one(m.StopJob(self.id), m.Text1)
+        self._client.one(m.StopJob(self.id), m.Line)
 
 
 def connect(home: str | Path | None = None) -> Client:

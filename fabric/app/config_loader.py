@@ -17,7 +17,7 @@ import msgspec
 from fabric.core.errors import ConfigError
 
 PREFIX = "FABRIC__"
-"""``FABRIC__STORE__SYNC_SECONDS=3`` sets ``store.sync_seconds``."""
+"""``FABRIC__STORE__SYNC_PERIOD_SECONDS=3`` sets ``store.sync_period_seconds``."""
 
 C = TypeVar("C", bound=msgspec.Struct)
 Tree = dict[str, Any]

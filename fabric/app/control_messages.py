@@ -217,7 +217,7 @@ class EventView(msgspec.Struct, frozen=True):
     facts: dict[str, str | int | float | bool]
 
 
-class Text1(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True):
     """A single string: a token, an id, a root, an address."""
 
     text: str

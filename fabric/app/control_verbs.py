@@ -73,7 +73,7 @@ class ControlVerbs:
             case m.Why():
                 return m.Lines(self._why(request.subject))
             case _:
-                return m.Text1(await self._do(request))
+                return m.Line(await self._do(request))
 
     @property
     def _session(self) -> Session:

@@ -47,37 +47,37 @@ def run_daemon(home_path: Path | None, flags: Mapping[str, object]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with lock_data_folder(home.data):
         signer = load_or_create_identity(home.identity_file)
-        return trio.run(_run, home, config, signer)
+        status = trio.run(_run, home, config, signer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to end
+    return status
 
 
 async def _run(home: Home, config: NodeConfig, signer: Ed25519Signer) -> int:
-    status = 0
-    with collapse_group():
-        async with trio.open_nursery() as nursery:
+    told: list[int] = []
+    node = Node(home, config, signer)
+    with (
+        collapse_group(),
+        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received,
+    ):
 
-            async def end_on_signal() -> None:
-                nonlocal status
-                with trio.open_signal_receiver(
-                    signal.SIGINT, signal.SIGTERM
-                ) as received:
-                    first = True
-                    async for number in received:
-                        if not first:
-                            os._exit(INTERRUPTED)  # the second time, at once
-                        first = False
-                        status = INTERRUPTED if number == signal.SIGINT else 0
-                        log.info("daemon.ending signal=%d (again: at once)", number)
-                        nursery.start_soon(end)
+        async def listen() -> None:
+            async for number in received:
+                if told:
+                    os._exit(INTERRUPTED)  # the second time, at once
+                told.append(number)
+                log.info("daemon.ending signal=%d (again: at once)", number)
+                node.ended.set()
 
-            async def end() -> None:
-                await node.leave_jobs()
+        # a nursery around the services: the second signal is heard while they close
+        async with trio.open_nursery() as listening:
+            listening.start_soon(listen)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(node.run)
+                log.info("daemon.up peer=%s home=%s", short(signer.peer_id), home.data)
+                await node.ended.wait()
+                if told:
+                    await node.leave_jobs()
                 nursery.cancel_scope.cancel()
-
-            node = Node(home, config, signer)
-            nursery.start_soon(end_on_signal)
-            await nursery.start(node.run)
-            log.info("daemon.up peer=%s home=%s", short(signer.peer_id), home.data)
-            await node.ended.wait()
-            nursery.cancel_scope.cancel()
+            listening.cancel_scope.cancel()
     log.info("daemon.down")
-    return status
+    return INTERRUPTED if signal.SIGINT in told else 0

@@ -100,8 +100,9 @@ class Node:
         mesh, grant = create_mesh(name, root, self.signer.peer_id, time.time())
         save_private(self.home.data / "mesh-root.key", root.seed)
         membership = MeshMembership(mesh, (), (grant.raw,))
-        await self._start_session(membership)
+        session = await self._start_session(membership)
         save_membership(self.home.mesh_file, membership)
+        await session.publish_record()  # until then the mesh has nobody to work
         return mesh.id
 
     async def invite(self, role: str, ttl_seconds: float, uses: int) -> str:

@@ -23,10 +23,10 @@ class Daemon:
     async def answer(self, request):
         match request:
             case m.MeshInit(name):
-                yield m.Text1(name)
+                yield m.Line(name)
             case m.Jobs():
                 for i in range(3):
-                    yield m.Text1(str(i))
+                    yield m.Line(str(i))
             case m.Join(token):
                 raise RemoteRefused(f"bad {token}", code="E_X", next_step="go home")
             case m.Status():
@@ -35,7 +35,7 @@ class Daemon:
                 raise KeyError("a bug")
             case m.JobEvents():
                 try:
-                    yield m.Text1("first")
+                    yield m.Line("first")
                     await trio.sleep_forever()
                 finally:
                     self.cancelled.set()
@@ -61,7 +61,7 @@ async def test_socket_is_private(daemon):
 async def test_one_and_many_answers(daemon):
     client = Client(daemon.path)
     assert await sync(client.mesh_init, "lab") == "lab"
-    texts = await sync(lambda: [t.text for t in client.items(m.Jobs(), m.Text1)])
+    texts = await sync(lambda: [t.text for t in client.items(m.Jobs(), m.Line)])
     assert texts == ["0", "1", "2"]
     assert await AsyncClient(daemon.path).mesh_init("lab") == "lab"
 
@@ -90,7 +90,7 @@ async def test_a_peer_that_is_too_slow_is_a_timeout(daemon):
 
 async def test_hanging_up_cancels_the_request(daemon):
     def first_only():
-        events = Client(daemon.path).items(m.JobEvents("j"), m.Text1)
+        events = Client(daemon.path).items(m.JobEvents("j"), m.Line)
         assert next(events).text == "first"
         events.close()
 
