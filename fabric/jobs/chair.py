@@ -119,12 +119,16 @@ class Chair:
             facts = {"round": held.round, "validation_loss": held.validation_loss}
             self._record("validated", sender, dict(facts))
 
-    def beat(self, missing: tuple[PeerId, ...], now: float) -> None:
-        """Tell the others that we live, if it is time to."""
-        if now < self._beat_due or self.role.genesis:
+    def beat(
+        self, missing: tuple[PeerId, ...], now: float, to: PeerId | None = None
+    ) -> None:
+        """Tell the others that we live, if it is time to; tell ``to`` at once."""
+        if self.role.genesis or (to is None and now < self._beat_due):
             return
-        self._beat_due = now + self._spec.fault.patience_seconds / 4
         generation = self._generation
+        others = electors(generation) - {self._me}
+        if to is None:
+            self._beat_due = now + self._spec.fault.patience_seconds / 4
         beat = Beat(
             generation.job,
             generation.counter,
@@ -132,7 +136,7 @@ class Chair:
             missing,
             self._ledger.totals(),
         )
-        for peer in electors(generation) - {self._me}:
+        for peer in others if to is None else others & {to}:
             self._outbox.put(peer, "beat", beat, now)
 
     def decide(self, now: float) -> None:

@@ -17,6 +17,7 @@ import trio
 
 from fabric.core.errors import (
     FabricError,
+    NoRoute,
     RemoteProtocolError,
     ResourceExhausted,
     Unavailable,
@@ -57,6 +58,10 @@ INBOX = 256
 """Inputs waiting for the seat. Senders wait for room; the seat takes microseconds."""
 
 
+AT_ONCE_SECONDS = 0.5
+"""A dial that fails within this was refused: nothing was waited for."""
+
+
 @dataclass
 class Asked:
     """A peer's message and where its answer goes."""
@@ -69,11 +74,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Replied:
-    """The end of one of our calls; ``reply`` is None when it failed."""
+    """The end of one of our calls.
+
+    Attributes:
+        peer: Whom we called.
+        request: What we sent.
+        reply: The answer, or None when it failed.
+        refused_from: When the call started, if it was refused at once.
+    """
 
     peer: PeerId
     request: JobMessage
     reply: JobMessage | None
+    refused_from: float | None = None
 
 
 @dataclass(frozen=True)
@@ -215,8 +228,8 @@ class JobTask:
         match item:
             case Asked():
                 self._take_question(item, now)
-            case Replied(peer, request, None):
-                self.seat.failed(peer, request, now)
+            case Replied(peer, request, None, refused_from):
+                self.seat.failed(peer, request, now, refused_from)
             case Replied(peer, request, reply):
                 assert reply is not None
                 self.seat.replied(peer, request, reply, now)
@@ -312,6 +325,8 @@ class JobTask:
 
     async def _call(self, peer: PeerId, message: JobMessage) -> None:
         reply: JobMessage | None = None
+        refused_from: float | None = None
+        started = trio.current_time()
         try:
             with trio.fail_after(self.seat.spec.fault.patience_seconds / 2):
                 raw = await self._rpc.call(peer, METHOD, CODEC.encode(message))
@@ -320,7 +335,9 @@ class JobTask:
             self._counters.add(PROTOCOL_ERRORS, label="jobs")
         except (FabricError, trio.TooSlowError) as exc:
             logger.debug("job.call peer=%s %r", short(peer), exc)
-        await self._send_input.send(Replied(peer, message, reply))
+            at_once = trio.current_time() - started < AT_ONCE_SECONDS
+            refused_from = started if isinstance(exc, NoRoute) and at_once else None
+        await self._send_input.send(Replied(peer, message, reply, refused_from))
 
     # -- checkpoint
 

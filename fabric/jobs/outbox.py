@@ -14,6 +14,9 @@ from fabric.jobs.messages import JobMessage
 
 Slot = tuple[PeerId, str]
 
+SOON = 0.3
+"""Share of the usual pause after a call that was refused at once, hence was cheap."""
+
 
 @dataclass
 class _Waiting:
@@ -66,12 +69,14 @@ class Outbox:
                 del self._slots[slot]
                 return
 
-    def failed(self, peer: PeerId, message: JobMessage, now: float) -> None:
-        """``message`` did not reach ``peer``: send again after a while."""
+    def failed(
+        self, peer: PeerId, message: JobMessage, now: float, *, soon: bool = False
+    ) -> None:
+        """``message`` did not reach ``peer``: send again after a while, or ``soon``."""
         for slot, waiting in self._slots.items():
             if slot[0] == peer and waiting.message is message:
                 waiting.in_flight = False
-                waiting.due = now + self._retry
+                waiting.due = now + self._retry * (SOON if soon else 1.0)
 
     def next_timeout(self) -> float | None:
         """Return when :meth:`take` has something, or None."""

@@ -278,9 +278,24 @@ class Seat:
         if isinstance(request, Save) and isinstance(reply, Nack) and not retry:
             self._tenure.save_refused(peer, request)
 
-    def failed(self, peer: PeerId, request: JobMessage, now: float) -> None:
-        """``request`` did not reach ``peer``, or no answer came."""
-        self._tenure.liveness.failed(peer)
+    def connection_broke(self, peer: PeerId, now: float) -> None:
+        """The connection with ``peer`` broke: look at once whether it still lives."""
+        chair = self._tenure.chair
+        if self._tenure.liveness.broke(peer, now) and chair is not None:
+            chair.beat(chair.missing(now), now, to=peer)
+
+    def failed(
+        self,
+        peer: PeerId,
+        request: JobMessage,
+        now: float,
+        refused_from: float | None = None,
+    ) -> None:
+        """``request`` did not reach ``peer``, or no answer came.
+
+        ``refused_from`` is when the call started, if it was refused at once.
+        """
+        refused = self._tenure.liveness.failed(peer, refused_from)
         if isinstance(request, Inquire | Propose):
             self._tenure.succession.replied(peer, request, None, now)
         elif (
@@ -291,7 +306,7 @@ class Seat:
                 peer, request
             )  # it left; it will ask when it is back
         else:
-            self._tenure.outbox.failed(peer, request, now)
+            self._tenure.outbox.failed(peer, request, now, soon=refused)
 
     # -- time
 

@@ -7,6 +7,7 @@ decoded here and handed to the task of their job.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import time
@@ -54,6 +55,10 @@ logger = logging.getLogger(__name__)
 
 METHOD_EVENTS = "jobs.events"
 METHOD_STOP = "jobs.stop"
+
+
+def _broke(peer: PeerId) -> Callable[[Seat, float], None]:
+    return lambda seat, now: seat.connection_broke(peer, now)
 
 
 def job_of(message: JobMessage) -> JobId:
@@ -118,6 +123,7 @@ class JobsService:
         self._rpc.register(METHOD_EVENTS, self._on_events)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._watch_connections)
             self._refresh(nursery)
             task_status.started()
             while True:
@@ -131,6 +137,14 @@ class JobsService:
         while True:
             await self._store.changed()
             self._wake.set()
+
+    async def _watch_connections(self) -> None:
+        """Hint to every seat whose connection broke."""
+        with self._rpc.lost() as lost:
+            async for peer in lost:
+                for task in [t for t in self._tasks.values() if not t.ended]:
+                    with contextlib.suppress(Unavailable):
+                        await task.order(_broke(peer))
 
     # -- which jobs run here
 

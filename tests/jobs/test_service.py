@@ -18,6 +18,7 @@ from fabric.core.errors import (
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
 from fabric.jobs.config import JobsConfig
+from fabric.jobs.job_service import INTEGRITY_ERRORS
 from fabric.jobs.messages import RoundReport, StateHeld
 from fabric.jobs.ports import MemberFacts
 from fabric.jobs.runner import CHECKPOINT_FACT, LINK_FACT, RunnerFailed, RunnerProgress
@@ -53,6 +54,7 @@ class World:
 class FakeRpc:
     def __init__(self, world, me):
         self.world, self.me, self.handlers = world, me, {}
+        self.lost_peers = []
 
     def register(self, method, handler):
         async def wrapped(sender, raw):
@@ -83,7 +85,14 @@ class FakeRpc:
         return frozenset()
 
     def lost(self):
-        raise NotImplementedError
+        send, receive = trio.open_memory_channel(64)
+        self.lost_peers.append(send)
+        return receive
+
+    def break_connection(self, peer):
+        for send in self.lost_peers:
+            with contextlib.suppress(trio.BrokenResourceError):
+                send.send_nowait(peer)
 
     def rtt_seconds(self, peer):
         return None
@@ -287,6 +296,8 @@ class Mesh:
         me = self.ids[index]
         del self.world.rpcs[me], self.members[me], self.services[index]
         self.world.runners.pop(me, None)
+        for rpc in self.world.rpcs.values():
+            rpc.break_connection(me)
 
     async def on_checkpoint(self, job, directory, round):
         root = hex_digest((directory / "state").read_bytes())
@@ -368,6 +379,55 @@ async def test_a_killed_participant_does_not_stop_the_others(autojump_clock, mes
     await mesh.until(lambda: mesh.all_are("done"))
     mesh.check_equal(job)
     assert mesh.ids[2] not in mesh.last_participants()
+
+
+async def test_a_killed_process_is_replaced_without_the_full_patience(
+    autojump_clock, mesh
+):
+    await mesh.services[0].submit(spec(rounds=30))
+    await mesh.until(mesh.decided(2))
+    mesh.kill(2)
+    killed_at = trio.current_time()
+    await mesh.until(lambda: len(mesh.last_participants()) == 3)
+    assert trio.current_time() - killed_at < 0.4 * 4.0
+
+
+async def test_a_broken_connection_alone_kills_nobody(autojump_clock, mesh):
+    await mesh.services[0].submit(spec(rounds=12))
+    await mesh.until(mesh.decided(2))
+    for _ in range(10):
+        mesh.world.rpcs[mesh.ids[0]].break_connection(mesh.ids[2])
+        await trio.sleep(0.5)
+    await mesh.until(lambda: mesh.all_are("done"))
+    assert max(v.counter for v in mesh.views().values()) == 1
+
+
+async def test_a_paused_process_gets_the_full_patience(autojump_clock, mesh):
+    """Its connection breaks, but calls to it hang instead of being refused."""
+    await mesh.services[0].submit(spec(rounds=30))
+    await mesh.until(mesh.decided(2))
+    ids = mesh.ids
+    mesh.world.groups = [{ids[0], ids[1], ids[3]}, {ids[2]}]
+    mesh.world.rpcs[ids[0]].break_connection(ids[2])
+    await trio.sleep(3.5)
+    assert len(mesh.last_participants()) == 4
+    mesh.world.groups = None
+    await mesh.until(lambda: mesh.all_are("done"))
+    assert max(v.counter for v in mesh.views().values()) == 1
+
+
+async def test_a_wrong_state_is_counted_and_fetched_again(autojump_clock, mesh):
+    job = await mesh.services[0].submit(spec(rounds=6))
+    await mesh.until(mesh.decided(2))
+    runner = mesh.world.runners[mesh.ids[3]]
+    runner.states[runner.round] = "bit flip"
+    await mesh.until(lambda: mesh.all_are("done"))
+    mesh.check_equal(job)
+    assert mesh.counters[0].snapshot()[f"{INTEGRITY_ERRORS}:jobs"] == 1
+    assert mesh.views()[0].counter == 2, "one new generation, to fetch in"
+    assert len(mesh.last_participants()) == 4
+    kinds = [event.kind for event in await mesh.services[1].events(job)]
+    assert kinds.count("diverged") == 1
 
 
 async def test_a_killed_coordinator_is_succeeded(autojump_clock, mesh):
