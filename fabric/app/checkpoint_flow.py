@@ -12,7 +12,7 @@ from crdt_store.service import Store
 from crdt_store.views import CheckpointHead
 from dht.blobs import BlobStore
 from dht.service import ContentService
-from fabric.core.errors import IntegrityError, RemoteProtocolError
+from fabric.core.errors import ConfigError, IntegrityError
 from fabric.core.ids import BlobId, JobId, PeerId
 
 FETCH_SECONDS = 3600.0
@@ -94,11 +94,11 @@ def content_root(text: str) -> BlobId:
     """Return ``text`` as the root of content.
 
     Raises:
-        RemoteProtocolError: not 64 hex characters.
+        ConfigError: not 64 hex characters.
     """
     root = text.removeprefix("blob:")
     if len(root) != 64 or set(root) - set("0123456789abcdef"):
-        raise RemoteProtocolError(
+        raise ConfigError(
             f"{text[:80]!r} is not a content root",
             next_step="`fabric content ls` lists the content held here",
         )
