@@ -15,6 +15,7 @@ import msgspec
 from fabric.core.codec import Codec
 from fabric.core.ids import PeerId, short
 from fabric.jobs.messages import Count, FactDict, Job
+from fabric.jobs.states import JobStatus
 
 _SHIFT = 24
 """16 million events per epoch, 500 million epochs: together below 2**53."""
@@ -113,6 +114,17 @@ class EventLog:
         """Return up to MAX_EVENTS_PER_REPLY events after number ``seq``."""
         found = [event for event in self._events if event.seq > seq]
         return found[:MAX_EVENTS_PER_REPLY]
+
+
+def last_event(status: JobStatus, time: float) -> JobEvent:
+    """Return the event that a status slot alone lets us tell: how the job ended.
+
+    Numbered after everything its coordinators recorded. ``time`` is when it was asked
+    for: the slot does not say when the job ended.
+    """
+    seq = (status.counter + 1) << _SHIFT
+    peer = status.coordinator or ""
+    return JobEvent(seq, time, status.state.value, peer, status.facts)
 
 
 def names_of(peers: Sequence[PeerId]) -> str:

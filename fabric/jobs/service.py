@@ -35,6 +35,7 @@ from fabric.jobs.event_log import (
     JobEvent,
     Stopped,
     StopRequest,
+    last_event,
 )
 from fabric.jobs.job_service import METHOD, JobTask
 from fabric.jobs.messages import CODEC, Commit, JobMessage, Nack, Propose, Standing
@@ -268,6 +269,8 @@ class JobsService:
             ConfigError: no such job.
             Unavailable: its coordinator cannot be reached.
         """
+        if self._past(job) is not None:
+            return
         task = self._task(job)
         if await self._stop_here(task):
             return
@@ -288,7 +291,13 @@ class JobsService:
         await self._task(job).order(lambda seat, now: seat.leave(now))
 
     async def events(self, job: JobId, since: int = 0) -> list[JobEvent]:
-        """Return events after number ``since``, the coordinator's where it answers."""
+        """Return events after number ``since``, the coordinator's where it answers.
+
+        Of a job that ended before this daemon started, its end alone is known.
+        """
+        if (past := self._past(job)) is not None:
+            end = last_event(past, self._clock())
+            return [end] if end.seq > since else []
         task = self._task(job)
         coordinator = task.seat.committed.coordinator
         if coordinator == self._me:
@@ -321,10 +330,17 @@ class JobsService:
 
     def why(self, job: JobId) -> Pause | None:
         """Return why ``job`` makes no progress as seen from here, or None."""
+        if self._past(job) is not None:
+            return None
         task = self._task(job)
         if task.fault is not None:
             return Pause(task.fault.code, task.fault.reason, task.fault.next_step)
         return task.seat.pause(trio.current_time())
+
+    def _past(self, job: JobId) -> JobStatus | None:
+        """Return how ``job`` ended, if it did so before this daemon started."""
+        status = self._store.status(job) if job not in self._tasks else None
+        return status if status is not None and is_over(status.state) else None
 
     def _task(self, job: JobId) -> JobTask:
         task = self._tasks.get(job)

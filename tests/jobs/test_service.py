@@ -488,6 +488,29 @@ async def test_a_failed_worker_is_replaced_and_nobody_else_stops(autojump_clock,
     assert "worker_failed" in kinds
 
 
+async def test_a_job_that_ended_before_this_daemon_started_is_known_by_its_status(
+    autojump_clock, mesh
+):
+    job = await mesh.services[0].submit(spec())
+    await mesh.until(lambda: mesh.views() and mesh.all_are("done"))
+    before = mesh.views()[0]
+    mesh.kill(3)
+    await mesh.start(3)
+    service = mesh.services[3]
+    (view,) = service.jobs()
+    assert (view.state, view.round, view.rounds) == ("done", 5, 5)
+    assert view.facts["checkpoint"] == before.facts["checkpoint"]
+    assert view.coordinator == mesh.ids[0]
+    (event,) = await service.events(job)
+    assert (event.kind, event.peer) == ("done", mesh.ids[0])
+    assert event.facts["tokens"] == before.facts["tokens"]
+    assert event.seq > (await mesh.services[0].events(job))[-1].seq
+    assert await service.events(job, since=event.seq) == []
+    assert service.why(job) is None
+    await service.stop(job)
+    assert service.jobs() == [view]
+
+
 async def test_stop_from_a_member_that_does_not_coordinate(autojump_clock, mesh):
     job = await mesh.services[0].submit(spec())
     await mesh.until(mesh.decided(1))
