@@ -40,13 +40,18 @@ from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
 from fabric.app.membership_file import MeshMembership
 from fabric.app.peer_book import PeerBook
+from fabric.app.roster import (
+    bootstrap_addrs,
+    by_peer,
+    known_members,
+    live_members,
+)
 from fabric.app.serving import Serving
 from fabric.app.session_gate import LateAuthority, SessionGate
 from fabric.core.errors import FabricError, NoRoute, RemoteRefused, Unavailable
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
-from fabric.jobs.ports import MemberFacts
 from fabric.jobs.service import JobsService
 from fabric.net.bulk_paths import BulkService, open_bulk_paths
 from fabric.net.data_plane import DataPlane, open_data_plane
@@ -65,10 +70,6 @@ HELLO = "node.hello"
 """RPC method that does nothing: it brings up the connection."""
 ENDED = frozenset({"done", "failed", "cancelled"})
 """Job states that nothing can follow."""
-OWN_ADDRS = 4
-MAX_BOOTSTRAP = 8
-"""Addresses in an invite; its token is pasted by hand."""
-MAX_ADDR_CHARS = 300
 GATE_SECONDS = 1.0
 """How often connections of peers that lost their standing are closed."""
 
@@ -137,13 +138,8 @@ class Session:
 
         With several members a newcomer gets in while the inviter is away.
         """
-        members = self.store.members.all()
-        others = []
-        for peer in sorted(self.rpc.connected() & set(members)):
-            # what a member announces is its own claim: take what fits a token
-            fit = (a for a in members[peer].addrs if a.endswith(f"/p2p/{peer}"))
-            others += [addr for addr in fit if len(addr) <= MAX_ADDR_CHARS][:1]
-        return (*self.host.addrs()[:OWN_ADDRS], *others)[:MAX_BOOTSTRAP]
+        reached = self.rpc.connected()
+        return bootstrap_addrs(self.store, reached, self.host.addrs())
 
     async def publish_record(self) -> None:
         """Write our membership record."""
@@ -304,18 +300,18 @@ async def _open(
             "train": train_runner_factory(paths, signer, config.train),
             "serve": serve.open_runner,
         },
-        members=partial(_live_members, store, rpc, own),
+        members=partial(live_members, store, rpc, own),
         scratch_root=node.home.jobs,
         on_checkpoint=flow.publish,
         counters=counters,
     )
     book = PeerBook(own)
-    book.learn(_by_peer(membership.bootstrap))
+    book.learn(by_peer(membership.bootstrap))
     connector = MemberConnector(
         host,
         admission,
         book,
-        partial(_known_members, store),
+        partial(known_members, store),
         ready=rpc.connected,
         greet=lambda peer: rpc.call(peer, HELLO, b""),
         blocked=lambda: gate.cut,
@@ -343,34 +339,6 @@ async def _open(
         connector,
         _next_incarnation(folder / "incarnation"),
     )
-
-
-def _live_members(
-    store: Store, rpc: RpcService, own: PeerId
-) -> dict[PeerId, MemberFacts]:
-    """Return the members that can take work now: ourselves and whom RPC reaches.
-
-    Members show software evidence before RPC opens to them, so all are of that tier.
-    """
-    live = rpc.connected() | {own}
-    return {
-        peer: MemberFacts(memory_bytes=r.hardware.memory_bytes, trust="software")
-        for peer, r in store.members.all().items()
-        if peer in live
-    }
-
-
-def _known_members(store: Store) -> dict[PeerId, tuple[str, ...]]:
-    """Return the addresses of the current members."""
-    members = store.authority.members()
-    return {p: r.addrs for p, r in store.members.all().items() if p in members}
-
-
-def _by_peer(addrs: Sequence[str]) -> dict[PeerId, list[str]]:
-    found: dict[PeerId, list[str]] = {}
-    for addr in addrs:
-        found.setdefault(PeerId(addr.rpartition("/p2p/")[2]), []).append(addr)
-    return found
 
 
 def _next_incarnation(path: Path) -> int:
