@@ -108,6 +108,10 @@ def test_restarted_daemon_comes_back(mesh, form, tiny_spec):
     assert (after.peer, after.mesh) == (before["p1"].peer, before["p1"].mesh)
     assert after.state == "member"
     await_link(mesh, "p0", after.peer)
+    # both take a new port: the owner must hear of p1's before it loses its own
+    heard = f"it announces {after.addrs[0]}"
+    owner = mesh.client("p0")
+    wait_until(lambda: heard in owner.why("p1"), SOON, "p1's new address at p0")
 
     # the owner dies as soon as it has answered; nobody else may know the job yet
     spec = tiny_spec(rounds=1, inner_steps=1, min_peers=1)
