@@ -58,6 +58,7 @@ class Coordinator:
         self.broken: set[PeerId] = set()
         self.behind: set[PeerId] = set()
         self._held: dict[PeerId, tuple[int, str]] = {}
+        self._diverged: set[PeerId] = set()
         self._boundary_at: float | None = None
         self._over_at = now
         self._refused_savers: set[PeerId] = set()
@@ -92,26 +93,27 @@ class Coordinator:
         return self.table.report(peer, report, now)
 
     def held(self, peer: PeerId, held: StateHeld) -> int:
-        """Note which state ``peer`` holds; return how many now hold a wrong one.
+        """Note which state ``peer`` holds; return how many more hold a wrong one.
 
-        Wrong is what fewer participants hold, ties to the higher digest.
+        Wrong is what fewer participants hold, ties to the higher digest; judged once
+        more than half agree or all have spoken, so that the order they speak in does
+        not matter.
         """
         if held.counter != self.generation.counter or peer not in self.participants:
             return 0
         self._held[peer] = (held.round, held.state_digest)
-        votes = Counter(d for r, d in self._held.values() if r == held.round)
+        spoke = {p: d for p, (r, d) in self._held.items() if r == held.round}
+        votes = Counter(spoke.values())
         right = max(votes, key=lambda d: (votes[d], d))
-        wrong = {
-            p for p, (r, d) in self._held.items() if r == held.round and d != right
-        }
-        fresh = wrong - self.behind
+        num = len(self.participants)
+        known = self._diverged
+        if 2 * votes[right] > num or len(spoke) == num:
+            wrong = {p for p, d in spoke.items() if d != right}
+            self._diverged = (known - spoke.keys()) | wrong
         if held.round >= self.table.round:  # an older state is no catching up
-            right_ones = {
-                p for p, state in self._held.items() if state[0] == held.round
-            }
-            self.behind -= right_ones - wrong
-        self.behind |= wrong
-        return len(fresh)
+            self.behind -= spoke.keys()
+        self.behind |= self._diverged
+        return len(self._diverged - known)
 
     # -- decisions
 

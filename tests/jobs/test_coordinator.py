@@ -68,3 +68,14 @@ def test_a_wrong_last_state_never_completes_before_it_is_fetched():
     assert role.change_wanted(LIVE, 1.0)
     assert hold(role, "d", 5) == 0
     assert role.finishers(LIVE, 1.1) == LIVE
+
+
+def test_who_is_wrong_does_not_depend_on_who_speaks_first():
+    for order in ("dabc", "adbc", "abdc", "abcd"):
+        for wrong in "az":  # sorts below and above the right digest
+            role = coordinator()
+            count = [hold(role, p, 2, wrong if p == "d" else "x") for p in order]
+            assert sum(count) == 1
+            assert role.behind == {"d"}
+            assert hold(role, "d", 3, "y") == 0, "known, and not judged again yet"
+            assert role.behind == {"d"}
