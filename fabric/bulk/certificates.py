@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import datetime
 import secrets
+import warnings
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -32,6 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtensionOID, NameOID
 
 from fabric.core.codec import Codec
@@ -280,9 +282,16 @@ def _parse_untrusted(der: bytes) -> x509.Certificate:
             f"certificate of {len(der)} B > {MAX_CERTIFICATE_BYTES} B"
         )
     try:
-        return x509.load_der_x509_certificate(der)
+        with warnings.catch_warnings():
+            # it warns, on our log, of serial numbers that are refused below
+            warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+            certificate = x509.load_der_x509_certificate(der)
+            serial = certificate.serial_number
     except _PARSE_ERRORS as exc:
         raise RemoteProtocolError(f"certificate does not parse: {exc}") from exc
+    if serial <= 0:
+        raise RemoteProtocolError("certificate serial number is not positive")
+    return certificate
 
 
 def _check_untrusted(certificate: x509.Certificate, now: float) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fabric.core.ids import JobId
+from fabric.jobs.effects import Fact
 from fabric.jobs.messages import Finished
 from fabric.jobs.states import JobState, Trigger, advance, is_over
 
@@ -39,6 +40,6 @@ class Outcome:
         self.state, self.reason = state, reason
         return True
 
-    def finished(self, counter: int) -> Finished:
+    def finished(self, counter: int, facts: dict[str, Fact]) -> Finished:
         """Return the message that tells others of the end, at epoch ``counter``."""
-        return Finished(self._job, counter, END[self.state], self.reason[:500])
+        return Finished(self._job, counter, END[self.state], self.reason[:500], facts)

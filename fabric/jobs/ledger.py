@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fabric.core.ids import PeerId, short
+from fabric.jobs.event_log import names_of
 from fabric.jobs.messages import MAX_FACTS, RoundDecision, StateHeld
 from fabric.jobs.rounds import Closed
-from fabric.jobs.runner import LINK_FACT
+from fabric.jobs.runner import LINK_FACT, SOURCES_FACT
 
 Fact = str | int | float | bool
 
@@ -41,6 +42,7 @@ class Ledger:
         facts: dict[str, Fact] = {
             "round": closed.decision.round,
             "contributors": len(closed.decision.contributors),
+            "peers": names_of(closed.decision.contributors),
             "tokens": tokens,
             "loss": closed.loss,
             "seconds": closed.seconds,
@@ -62,6 +64,8 @@ class Ledger:
 
     def peer_facts(self, peer: PeerId, facts: Mapping[str, Fact]) -> None:
         """Merge what ``peer`` sent over each of its links: totals only grow."""
+        if SOURCES_FACT in facts:
+            self._totals[f"{SOURCES_FACT}:{short(peer)}"] = facts[SOURCES_FACT]
         for name, value in facts.items():
             if not name.startswith(LINK_FACT) or not isinstance(value, int):
                 continue
@@ -84,7 +88,7 @@ class Ledger:
     def facts(self, now: float) -> dict[str, Fact]:
         """Return everything known."""
         elapsed = now - self._started if self._started is not None else 0.0
-        return {**self._totals, "seconds": elapsed, **self._links}
+        return {"seconds": elapsed, **self._totals, **self._links}
 
     def slot_facts(self, now: float) -> dict[str, Fact]:
         """Return the facts that fit the status slot."""

@@ -290,12 +290,13 @@ class Saved(msgspec.Struct, frozen=True, tag="saved"):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The job ended in ``state`` (done, failed or cancelled)."""
+    """The job ended in ``state`` (done, failed or cancelled), with its final facts."""
 
     job: Job
     counter: Count
     state: Literal["done", "failed", "cancelled"]
     reason: Reason = ""
+    facts: FactDict = {}
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

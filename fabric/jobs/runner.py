@@ -23,6 +23,9 @@ in short form."""
 CHECKPOINT_FAILED_FACT = "checkpoint_failed"
 """A RunnerProgress with this fact (a code) says that :meth:`Runner.save` failed."""
 
+SOURCES_FACT = "state_sources"
+"""From how many peers a newcomer got its state; "state_sources:<peer>" in the job's."""
+
 CHECKPOINT_FACT = "checkpoint"
 """A RunnerProgress with this fact (the directory) answers :meth:`Runner.save`."""
 

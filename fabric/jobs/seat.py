@@ -171,6 +171,7 @@ class Seat:
     def learn_status(self, status: JobStatus) -> None:
         """Follow a replicated status that says the job ended."""
         if is_over(status.state) and not self.over:
+            self._tenure.ledger.adopt(status.facts)
             self._tenure.adopt_end(status.state, str(status.facts.get(REASON_FACT, "")))
 
     def saved(self, root: str, reason: str, now: float) -> None:
@@ -209,7 +210,7 @@ class Seat:
         """Return the answer to ``message``; send it after the effects of a poll."""
         self._tenure.liveness.heard(sender, now)
         if self.over and not isinstance(message, Finished | Done):
-            return self._tenure.outcome.finished(self.committed.counter)
+            return self._tenure.finished(now)
         match message:
             case Propose():
                 return self._on_propose(message, now)
@@ -264,7 +265,7 @@ class Seat:
         if isinstance(reply, Standing | Nack):
             self._tenure.note_promise(peer, reply)
         elif isinstance(reply, Finished):
-            self._tenure.adopt_end(JobState(reply.state), reply.reason)
+            self._tenure.follow_end(reply)
         if isinstance(request, Inquire | Propose):
             self._tenure.succession.replied(peer, request, reply, now)
             return
@@ -357,5 +358,5 @@ class Seat:
             return self._tenure.acceptor.refuse(
                 "E_STALE", f"{short(sender)} does not decide"
             )
-        self._tenure.adopt_end(JobState(finished.state), finished.reason)
+        self._tenure.follow_end(finished)
         return Done()

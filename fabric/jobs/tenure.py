@@ -30,6 +30,7 @@ from fabric.jobs.membership import Membership
 from fabric.jobs.messages import (
     Commit,
     Done,
+    Finished,
     Generation,
     JobMessage,
     Join,
@@ -315,9 +316,18 @@ class Tenure:
             self.ledger.put(REASON_FACT, reason[:500])
         self.adopt_end(state, reason)
         self.effects.append(Publish())
-        finished = self.outcome.finished(self.committed.counter)
+        finished = self.finished(now)
         for peer in sorted(tell - {self.me}):
             self.outbox.put(peer, "finished", finished, now)
+
+    def finished(self, now: float) -> Finished:
+        """Return the message that tells others of the end."""
+        return self.outcome.finished(self.committed.counter, self.ledger.facts(now))
+
+    def follow_end(self, finished: Finished) -> None:
+        """Take over how the coordinator says that the job ended, and its numbers."""
+        self.ledger.adopt(finished.facts)
+        self.adopt_end(JobState(finished.state), finished.reason)
 
     def adopt_end(self, state: JobState, reason: str) -> None:
         """Follow the end of the job."""
