@@ -122,7 +122,7 @@ def test_partition(mesh, form, tiny_spec, rng):
     """The cut-off peer pauses and says why; the others go on; healing joins them."""
     names = ["p0", "p1", "p2"]
     form(*names)
-    spec = tiny_spec(rounds=50, inner_steps=15, patience=2.0)
+    spec = tiny_spec(rounds=40, inner_steps=10, patience=2.0)
     job = mesh.client("p0").submit(spec).id
     alone = rng.choice(names)
     majority = [name for name in names if name != alone]
