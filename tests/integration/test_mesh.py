@@ -85,14 +85,16 @@ def test_invites_and_refusals(mesh, form):
 def test_newcomer_joins_while_the_inviter_is_away(mesh, form):
     form("p0", "p1")
 
-    def entries():
-        return mesh.client("p1").status().counters["store_accepted_total"]
+    token = mesh.client("p0").invite(uses=2)
+    mesh.start_all(("q0", "q1"))
+    mesh.client("q1").join(token)
+    first = mesh.client("q1").status().peer
 
-    before = entries()
-    token = mesh.client("p0").invite()
-    wait_until(lambda: entries() > before, SOON, "p1 to hear of the invite")
+    def heard():  # p1 names a role once it knows the invite that gave it
+        return getattr(row_of(mesh, "p1", first), "role", "") == "worker"
+
+    wait_until(heard, SOON, "p1 to hear of the invite")
     mesh.kill("p0")
-    mesh.start("q0")
     mesh.client("q0").join(token)
     await_link(mesh, "q0", mesh.client("p1").status().peer)
 
