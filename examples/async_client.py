@@ -4,7 +4,6 @@
 
 Submits the job twice, with two seeds, and prints both losses as they come.
 """
-# ruff: noqa: T201 -- it prints for a person
 
 import sys
 

@@ -4,7 +4,6 @@
 
 The daemon is this user's, or the one in $FABRIC_HOME.
 """
-# ruff: noqa: T201 -- it prints for a person
 
 import sys
 

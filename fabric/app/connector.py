@@ -11,6 +11,7 @@ import trio
 from fabric.app.peer_book import PeerBook
 from fabric.core.errors import FabricError, PeerTimeout
 from fabric.core.ids import PeerId, short
+from fabric.net.data_plane import DataPlane
 from fabric.net.host import Host
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,31 @@ class Admission(Protocol):
     async def ensure(self, peer: PeerId) -> None:
         """Be admitted by ``peer`` and appraise it, unless that holds already."""
         ...
+
+
+class RedialingConnector:
+    """Makes RPC streams; dials the peer first when no control connection is left.
+
+    A machine that is up with nobody listening refuses at once (NoRoute), which is how a
+    killed process differs from one that is cut off or slow.
+    """
+
+    def __init__(self, host: Host, plane: DataPlane, book: PeerBook) -> None:
+        self._host = host
+        self._plane = plane
+        self._book = book
+
+    async def connect(self, peer: PeerId) -> trio.abc.Stream:
+        """Return an authenticated stream to ``peer``.
+
+        Raises:
+            Unavailable: no path; NoRoute when every address refused.
+            RemoteRefused: the peer's gate refuses us.
+        """
+        contact = self._book.contacts.get(peer)
+        if contact is not None and peer not in self._host.connected():
+            await self._host.connect(peer, contact.addrs)
+        return await self._plane.connect(peer)
 
 
 class MemberConnector:

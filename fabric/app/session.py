@@ -35,7 +35,7 @@ from dht.blobs import BlobStore
 from dht.service import ContentService, open_content
 from fabric.app.checkpoint_flow import CheckpointFlow
 from fabric.app.config import NodeConfig
-from fabric.app.connector import MemberConnector
+from fabric.app.connector import MemberConnector, RedialingConnector
 from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
 from fabric.app.membership_file import MeshMembership
@@ -243,7 +243,10 @@ async def _open(
     broadcast = await enter(open_broadcast(host, config.gossip))
     routing = await enter(open_routing(host, config.routing))
     plane = await enter(open_data_plane(config.data, signer, host, gate, counters))
-    rpc = await enter(open_rpc(config.data.rpc, own, plane, gate, counters))
+    book = PeerBook(own)
+    book.learn(by_peer(membership.bootstrap))
+    connect = RedialingConnector(host, plane, book)
+    rpc = await enter(open_rpc(config.data.rpc, own, connect, gate, counters))
     plane.serve_rpc(rpc.accept)
     rpc.register(HELLO, lambda peer, request: b"")
     paths = WorkerPaths(plane)
@@ -305,8 +308,6 @@ async def _open(
         on_checkpoint=flow.publish,
         counters=counters,
     )
-    book = PeerBook(own)
-    book.learn(by_peer(membership.bootstrap))
     connector = MemberConnector(
         host,
         admission,

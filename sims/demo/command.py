@@ -15,12 +15,18 @@ import msgspec
 
 from fabric.app.cli_output import show_json
 from fabric.core.errors import FabricError
+from fabric.jobs.runner import SOURCES_FACT
 from sims.demo.checkpoint_step import check_checkpoint
 from sims.demo.mesh_step import PEERS, build_mesh
 from sims.demo.process import finish, start_module
 from sims.demo.serve_step import serve_and_ask
 from sims.demo.summary import LossPoint, Summary, judge, plot, print_summary
-from sims.demo.traffic import expected_bytes, measured_bytes
+from sims.demo.traffic import (
+    expected_bytes,
+    expected_state_bytes,
+    measured_bytes,
+    num_parameters,
+)
 from sims.demo.train_step import TrainOutcome, TrainStep, demo_spec
 from sims.demo.view import DemoView
 from sims.local import LocalMesh
@@ -155,9 +161,16 @@ def _note_training(summary: Summary, outcome: TrainOutcome) -> None:
 def _note_traffic(summary: Summary, outcome: TrainOutcome, export: Path) -> None:
     assert outcome.row is not None
     summary.bytes_by_link = measured_bytes(outcome.row)
-    expected = expected_bytes(outcome, demo_spec(summary.seed), export)
+    numel = num_parameters(export / "model.safetensors")
+    expected = expected_bytes(outcome, demo_spec(summary.seed), numel)
     moved = sum(summary.bytes_by_link.get(link, 0) for link in expected)
     summary.bytes_expected = sum(expected.values())
+    summary.bytes_expected += expected_state_bytes(outcome, numel)
+    summary.state_sources = sum(
+        int(value)
+        for name, value in outcome.row.facts.items()
+        if name.startswith(SOURCES_FACT)
+    )
     summary.bytes_ratio = moved / max(1, summary.bytes_expected)
 
 

@@ -41,6 +41,7 @@ class Summary(msgspec.Struct, kw_only=True):
     bytes_by_link: dict[str, int] = {}
     bytes_expected: int = 0
     bytes_ratio: float = 0.0
+    state_sources: int = 0
     checkpoint: str = ""
     content_root: str = ""
     verified: bool = False
@@ -63,6 +64,7 @@ def judge(summary: Summary) -> list[str]:
         "bytes differ from the closed form by more than 5 %": (
             abs(summary.bytes_ratio - 1) <= 0.05
         ),
+        "the newcomer got its state from one peer alone": summary.state_sources > 1,
         "the checkpoint does not verify": summary.verified,
         "logits differ": summary.logits_equal,
         "served tokens differ": summary.tokens_equal,
@@ -88,6 +90,7 @@ def print_summary(summary: Summary) -> None:
             f"{len(summary.bytes_by_link)} links, "
             f"{summary.bytes_ratio:.3f} of the closed form"
         ),
+        "newcomer": f"state from {summary.state_sources} peers",
         "parameters": "equal on all peers" if summary.digests_equal else "DIFFER",
         "checkpoint": f"{summary.checkpoint} verified: {summary.verified}",
         "logits": "identical" if summary.logits_equal else "DIFFER",

@@ -1,9 +1,9 @@
 """Bytes on the links: what the sockets counted, and what the exchange should take.
 
 The closed form of one round is P = N + 4 ceil(N / block) bytes from each contributor to
-each other participant (N parameters, int8 with one fp32 scale per block), and of a
-newcomer 8 N bytes of state (parameters and outer momentum in fp32) from all sources
-together. It is summed over the links between the final participants: the last bytes of
+each other participant (N parameters, int8 with one fp32 scale per block), and for a
+newcomer 8 N bytes of state (parameters and outer momentum in fp32) from its sources
+together. Both are taken over the links of the final participants: the last bytes of
 a peer that was killed were counted by a process that is gone.
 """
 
@@ -30,40 +30,34 @@ def measured_bytes(row: JobRow) -> dict[str, int]:
     }
 
 
-def expected_bytes(
-    outcome: TrainOutcome, spec: JobSpec, export: Path
-) -> dict[str, int]:
-    """Return the closed form for each link between the final participants."""
-    assert outcome.row is not None
-    numel = num_parameters(export / "model.safetensors")
+def expected_bytes(outcome: TrainOutcome, spec: JobSpec, numel: int) -> dict[str, int]:
+    """Return the closed form of the rounds for each link of the final participants."""
     payload = numel + 4 * math.ceil(numel / spec.train.outer.block)
-    final = sorted(short(peer) for peer in outcome.row.participants)
-    together = rounds_together(outcome, spec.train.outer.rounds)
-    expected = {
-        f"{one}>{other}": payload * together.get(frozenset((one, other)), 0)
-        for one in final
-        for other in final
-        if one != other
-    }
-    first = outcome.members[0][1]
-    for newcomer in set(final) - first:
-        sources = [peer for peer in final if peer != newcomer]
-        for source in sources:
-            expected[f"{source}>{newcomer}"] += 8 * numel // len(sources)
+    final = final_participants(outcome)
+    expected = {f"{a}>{b}": 0 for a in final for b in final if a != b}
+    for at, contributors in outcome.contributors:
+        members = members_at(outcome, at)
+        for one in contributors & final:
+            for other in (members & final) - {one}:
+                expected[f"{one}>{other}"] += payload
     return expected
 
 
-def rounds_together(outcome: TrainOutcome, rounds: int) -> dict[frozenset[str], int]:
-    """Return in how many rounds each pair of peers took part together."""
-    counts: dict[frozenset[str], int] = {}
-    ends = [start for start, _ in outcome.members[1:]] + [rounds]
-    for (start, members), end in zip(outcome.members, ends, strict=True):
-        for one in members:
-            for other in members - {one}:
-                pair = frozenset((one, other))
-                # each pair is met twice, once from either end
-                counts[pair] = counts.get(pair, 0) + (end - start)
-    return {pair: count // 2 for pair, count in counts.items()}
+def expected_state_bytes(outcome: TrainOutcome, numel: int) -> int:
+    """Return the bytes of state that all newcomers fetched."""
+    newcomers = final_participants(outcome) - outcome.members[0][1]
+    return 8 * numel * len(newcomers)
+
+
+def final_participants(outcome: TrainOutcome) -> frozenset[str]:
+    """Return the short ids of the last generation's participants."""
+    assert outcome.row is not None
+    return frozenset(short(peer) for peer in outcome.row.participants)
+
+
+def members_at(outcome: TrainOutcome, at: int) -> frozenset[str]:
+    """Return the short ids of the participants of round ``at``."""
+    return [peers for start, peers in outcome.members if start <= at][-1]
 
 
 def num_parameters(path: Path) -> int:

@@ -45,6 +45,8 @@ class TrainOutcome:
     curve: list[LossPoint] = field(default_factory=list)
     members: list[tuple[int, frozenset[str]]] = field(default_factory=list)
     """(first round, short ids of the participants), one per generation."""
+    contributors: list[tuple[int, frozenset[str]]] = field(default_factory=list)
+    """(round, short ids of those whose pseudo-gradients made it up)."""
     coordinators: set[str] = field(default_factory=set)
     tokens: int = 0
     row: JobRow | None = None
@@ -122,6 +124,8 @@ class TrainStep:
                 self._on_generation(event)
             case "round":
                 self.outcome.tokens += int(facts["tokens"])
+                named = frozenset(str(facts["peers"]).split(","))
+                self.outcome.contributors.append((int(facts["round"]), named))
                 self._on_round(int(facts["round"]) + 1)
             case "validated":
                 self._on_validated(int(facts["round"]), float(facts["validation_loss"]))

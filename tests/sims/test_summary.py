@@ -13,6 +13,7 @@ def good(**changes):
         "loss_single": 2.6,
         "digests_equal": True,
         "bytes_ratio": 1.01,
+        "state_sources": 3,
         "verified": True,
         "logits_equal": True,
         "tokens_equal": True,

@@ -10,9 +10,9 @@ from fabric.jobs.runner import LINK_FACT
 from fabric.jobs.spec import JobSpec, OuterSpec, TrainSpec
 from sims.demo.traffic import (
     expected_bytes,
+    expected_state_bytes,
     measured_bytes,
     num_parameters,
-    rounds_together,
 )
 from sims.demo.train_step import TrainOutcome
 
@@ -21,7 +21,7 @@ A, B, C, D = "aaaaaaaa", "bbbbbbbb", "cccccccc", "dddddddd"
 ROUNDS = 10
 
 
-def outcome(*members, participants=(), facts=None):
+def outcome(*members, participants=(), facts=None, contributors=()):
     """(first round, peers) per generation; the job's row names ``participants``."""
     row = JobRow(
         job="j",
@@ -37,31 +37,8 @@ def outcome(*members, participants=(), facts=None):
         facts=facts or {},
     )
     made = [(at, frozenset(peers)) for at, peers in members]
-    return TrainOutcome(members=made, row=row)
-
-
-def pair(one, other):
-    return frozenset((one, other))
-
-
-def test_rounds_together_of_one_generation():
-    assert rounds_together(outcome((0, [A, B])), ROUNDS) == {pair(A, B): ROUNDS}
-
-
-def test_rounds_together_over_a_loss_and_a_gain():
-    run = outcome((0, [A, B, C]), (3, [A, B]), (7, [A, B, D]))
-    assert rounds_together(run, ROUNDS) == {
-        pair(A, B): 10,
-        pair(A, C): 3,
-        pair(B, C): 3,
-        pair(A, D): 3,
-        pair(B, D): 3,
-    }
-
-
-def test_a_generation_that_decided_no_round_counts_nothing():
-    run = outcome((0, [A, B]), (4, [A]), (4, [A, B]))
-    assert rounds_together(run, ROUNDS) == {pair(A, B): ROUNDS}
+    said = [(at, frozenset(peers)) for at, peers in contributors]
+    return TrainOutcome(members=made, contributors=said, row=row)
 
 
 def export(tmp_path, *shapes):
@@ -80,21 +57,36 @@ def test_parameters_are_counted_from_the_header(tmp_path):
     assert num_parameters(tmp_path / "model.safetensors") == 208  # a scalar is one
 
 
-def test_expected_bytes(tmp_path):
-    numel, block = 1000, 256
-    folder = export(tmp_path, [10, 100])
-    spec = JobSpec(train=TrainSpec(outer=OuterSpec(rounds=ROUNDS, block=block)))
-    payload = numel + 4 * 4  # int8 values, and a scale for each of four blocks
-    run = outcome((0, [A, B, C]), (5, [A, B]), (6, [A, B, D]), participants=(A, B, D))
-    state = 8 * numel // 2  # of a newcomer, from each of two sources
-    assert expected_bytes(run, spec, folder) == {
-        f"{A}>{B}": 10 * payload,
-        f"{B}>{A}": 10 * payload,
-        f"{A}>{D}": 4 * payload + state,
-        f"{B}>{D}": 4 * payload + state,
-        f"{D}>{A}": 4 * payload,
-        f"{D}>{B}": 4 * payload,
+SPEC = JobSpec(train=TrainSpec(outer=OuterSpec(rounds=ROUNDS, block=256)))
+PAYLOAD = 1000 + 4 * 4
+
+
+def test_each_contributor_sends_to_each_other_participant():
+    run = outcome(
+        (0, [A, B]),
+        participants=[A, B],
+        contributors=[(0, [A, B]), (1, [A])],  # B was late in round 1
+    )
+    assert expected_bytes(run, SPEC, 1000) == {
+        f"{A}>{B}": 2 * PAYLOAD,
+        f"{B}>{A}": PAYLOAD,
     }
+    assert expected_state_bytes(run, 1000) == 0
+
+
+def test_the_lost_do_not_count_and_newcomers_do_from_their_first_round():
+    run = outcome(
+        (0, [A, B, C]),
+        (1, [A, B]),
+        (2, [A, B, D]),
+        participants=[A, B, D],
+        contributors=[(0, [A, B, C]), (1, [A, B]), (2, [A, B, D])],
+    )
+    expected = expected_bytes(run, SPEC, 1000)
+    assert expected[f"{A}>{B}"] == 3 * PAYLOAD
+    assert expected[f"{A}>{D}"] == expected[f"{D}>{A}"] == PAYLOAD
+    assert not any(C in link for link in expected)
+    assert expected_state_bytes(run, 1000) == 8000
 
 
 def test_measured_bytes_takes_links_alone():
