@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import cyclopts
-from checkpoints.cli import app as checkpoint_app
 
+from checkpoints.cli import app as checkpoint_app
 from fabric.app.cli_output import show_json, show_table, show_text
 from fabric.app.client import connect
 

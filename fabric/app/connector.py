@@ -9,7 +9,7 @@ from typing import Protocol
 import trio
 
 from fabric.app.peer_book import PeerBook
-from fabric.core.errors import FabricError, PeerTimeout
+from fabric.core.errors import FabricError, PeerTimeout, RemoteRefused
 from fabric.core.ids import PeerId, short
 from fabric.net.data_plane import DataPlane
 from fabric.net.host import Host
@@ -23,8 +23,12 @@ TICK_SECONDS = 0.5
 class Admission(Protocol):
     """Attests with a connected peer."""
 
+    async def seek(self, peer: PeerId) -> object:
+        """Be admitted by ``peer`` and appraise it."""
+        ...
+
     async def ensure(self, peer: PeerId) -> None:
-        """Be admitted by ``peer`` and appraise it, unless that holds already."""
+        """Trust ``peer``: as :meth:`seek`, unless we do already."""
         ...
 
 
@@ -129,7 +133,12 @@ class MemberConnector:
         if peer not in self._host.connected():
             await self._host.connect(peer, tuple(addrs))
         await self._admission.ensure(peer)
-        await self._greet(peer)
+        try:
+            await self._greet(peer)
+        except RemoteRefused:
+            # we trust it, but it does not know us, or not any more: it says why
+            await self._admission.seek(peer)
+            await self._greet(peer)
 
     def _last_code(self, peer: PeerId) -> str:
         contact = self._book.contacts.get(peer)
