@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +53,7 @@ from fabric.core.errors import FabricError, NoRoute, RemoteRefused, Unavailable
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
+from fabric.jobs.runner import RunnerFactory
 from fabric.jobs.service import JobsService
 from fabric.net.bulk_paths import BulkService, open_bulk_paths
 from fabric.net.data_plane import DataPlane, open_data_plane
@@ -299,10 +301,10 @@ async def _open(
         signer=signer,
         rpc=rpc,
         store=ReplicatedJobStore(store),
-        runners={
-            "train": train_runner_factory(paths, signer, config.train),
-            "serve": serve.open_runner,
-        },
+        runners=_installed(
+            train=train_runner_factory(paths, signer, config.train),
+            serve=serve.open_runner,
+        ),
         members=partial(live_members, store, rpc, own),
         scratch_root=node.home.jobs,
         on_checkpoint=flow.publish,
@@ -348,6 +350,16 @@ def _next_incarnation(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(str(count))
     return count
+
+
+def _installed(**runners: RunnerFactory) -> dict[str, RunnerFactory]:
+    """Return ``runners`` if what their workers import is installed, else none.
+
+    Without them this peer is a member that takes no jobs, and a submit says what to
+    install.
+    """
+    needed = ("torch", "transformers", "safetensors")
+    return runners if all(find_spec(name) is not None for name in needed) else {}
 
 
 async def _close_refused(session: Session) -> None:
