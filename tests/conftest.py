@@ -4,13 +4,16 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# shrinking a state machine can take minutes: the seed is reported instead
+FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
+
+# the same examples every time, except in a soak, which draws them from its seed
 settings.register_profile(
-    "fast", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "fast",
+    deadline=None,
+    derandomize=FACTOR == 1,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("fast")
-
-FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
 
 
 def pytest_collection_modifyitems(items):

@@ -30,6 +30,8 @@ def payload_bytes(numel: int, block: int, form: Format = "int8") -> int:
 def quantise(values: torch.Tensor, block: int, form: Format) -> bytearray:
     """Return ``values``, (N,) float32, encoded; |error| <= its block's max / 254.
 
+    A block whose max is below 127 * 1e-30 is encoded as zeros.
+
     Raises:
         LocalProtocolError: a value is not finite: the inner steps diverged.
     """
