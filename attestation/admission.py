@@ -51,7 +51,7 @@ E_NOT_ATTESTED = "E_NOT_ATTESTED"
 E_CHANNEL_CHANGED = "E_CHANNEL_CHANGED"
 CHANNEL_RETRY_SECONDS = 1.0
 """By then two connections that opened at once are one."""
-JOIN_STEP = "ask an admin for `fabric mesh invite` and run `fabric join TOKEN`"
+JOIN_STEP = "ask an admin for `fabric invite` and run `fabric join TOKEN`"
 
 
 class Software(msgspec.Struct, frozen=True):
@@ -173,7 +173,7 @@ class VerifierExchange:
                 E_NOT_ATTESTED,
                 f"evidence refused: {summary(findings)}"[:500],
                 "install a release that this mesh allows; "
-                "its admins see the list with `fabric trust policy show`",
+                "its admins set attestation.allowed_measurements",
             )
         evidence = self._side.evidence(self._joiner_nonce)
         fitting = fit_authority(authority)

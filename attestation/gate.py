@@ -101,5 +101,5 @@ class MembershipGate:
             allowed=False,
             code=E_QUARANTINED if quarantined else E_NOT_ATTESTED,
             reason=f"{standing.state.value}: {standing.reason}",
-            next_step="run `fabric attest` on the refused peer",
+            next_step="it attests again by itself; see `fabric why` on both peers",
         )

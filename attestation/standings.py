@@ -89,7 +89,7 @@ class Standings:
         return moved
 
     def known(self, now: float) -> dict[PeerId, Standing]:
-        """Return every standing that is not UNKNOWN: ``fabric trust list``."""
+        """Return every standing that is not UNKNOWN."""
         found = {peer: self.of(peer, now) for peer in self._standings}
         return {p: s for p, s in found.items() if s.state is not State.UNKNOWN}
 

@@ -306,7 +306,7 @@ class Authority:
 
 
 def _refused(code: str, reason: str) -> Decision:
-    step = "ask an owner or admin for an invite: fabric mesh invite"
+    step = "ask an owner or admin for an invite: fabric invite"
     return Decision(allowed=False, code=code, reason=reason, next_step=step)
 
 

@@ -365,14 +365,14 @@ class BlobStore:
             raise ResourceExhausted(
                 f"content store holds {used} B of {self._max_bytes} B; "
                 f"no room for {size} B",
-                next_step="run `fabric content gc` or raise content.max_bytes",
+                next_step="raise content.max_bytes",
             )
         free = shutil.disk_usage(self._dir).free
         if free < size:
             raise ResourceExhausted(
                 f"disk has {free} B free, {size} B needed",
                 code=E_DISK_FULL,
-                next_step="free disk space or run `fabric content gc`",
+                next_step="free disk space, then try again",
             )
 
     def _keep_manifest(self, root: BlobId, raw: bytes) -> None:

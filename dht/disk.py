@@ -25,7 +25,7 @@ def disk_errors() -> Iterator[None]:
         raise ResourceExhausted(
             f"no space left: {exc}",
             code=E_DISK_FULL,
-            next_step="free disk space or run `fabric content gc`, then try again",
+            next_step="free disk space, then try again",
         ) from exc
 
 

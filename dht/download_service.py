@@ -235,5 +235,5 @@ class Download:
             f"{root[:12]} are here; {why}",
             code="E_NO_CONTENT",
             next_step="try again, what arrived is kept; "
-            f"`fabric content providers {root}` shows who holds it",
+            "see `fabric status` for the peers that are connected",
         )

@@ -59,7 +59,7 @@ async def fetch_manifest(
     raise Unavailable(
         f"none of {len(peers)} peers has the manifest of {root[:12]}",
         code="E_NO_CONTENT",
-        next_step=f"check with `fabric content providers {root}` who holds it",
+        next_step="see with `fabric status` whether its holders are connected",
     )
 
 

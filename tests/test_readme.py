@@ -33,6 +33,35 @@ def test_make_target_exists(target):
     assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+PACKAGES = [
+    "fabric",
+    "attestation",
+    "crdt_store",
+    "dht",
+    "training",
+    "inference",
+    "checkpoints",
+    "sims",
+]
+ADVICE = sorted(
+    {
+        found
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for found in re.findall(
+            r"`fabric ((?:mesh |sim |content )?[a-z]+)", path.read_text()
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("verb", ADVICE)
+def test_advice_names_verbs_that_exist(verb):
+    command = app
+    for name in verb.split():
+        command = command[name]
+
+
 def test_enough_is_found():
     assert {"up", "mesh init", "invite", "join", "status", "run"} <= set(VERBS)
     assert {"demo", "test", "bench"} <= set(TARGETS)

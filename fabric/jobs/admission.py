@@ -30,9 +30,7 @@ def check_means(spec: JobSpec, members: Mapping[PeerId, MemberFacts]) -> None:
         return
     if len(members) < need:
         reason = f"the job needs {need} peers, the mesh has {len(members)}"
-        raise ResourceExhausted(
-            reason, next_step="invite more peers: fabric mesh invite"
-        )
+        raise ResourceExhausted(reason, next_step="invite more peers: fabric invite")
     best = max((facts.memory_bytes for facts in members.values()), default=0)
     reason = (
         f"the job needs {need} peers with trust {spec.require.trust!r} and "

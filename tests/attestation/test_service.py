@@ -57,7 +57,7 @@ async def test_without_an_invite_refused_with_the_next_step(pair):
         await joiner.service.seek(verifier.peer)
     assert refused.value.code == "E_NOT_ADMITTED"
     assert refused.value.reason
-    assert "fabric mesh invite" in refused.value.next_step
+    assert "fabric invite" in refused.value.next_step
     assert verifier.state(joiner) is State.UNKNOWN
     assert verifier.counters.snapshot()["refusals_total:E_NOT_ADMITTED"] == 1
 

@@ -188,7 +188,7 @@ def test_the_stores_own_bound_is_refused_before_anything_is_written(tmp_path):
     store = BlobStore(tmp_path / "s", 2 << 20)
     with pytest.raises(ResourceExhausted) as refused:
         store.add_bytes(THREE)
-    assert "fabric content gc" in refused.value.next_step
+    assert "content.max_bytes" in refused.value.next_step
     root, _ = encode_manifest(manifest_of(THREE))
     with pytest.raises(ResourceExhausted):
         store.open_partial(root, manifest_of(THREE))

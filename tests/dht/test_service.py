@@ -162,7 +162,7 @@ async def test_nobody_has_it(mesh):
     with trio.fail_after(10), pytest.raises(Unavailable) as failed:
         await leech.content.fetch(root, [peer.own])
     assert failed.value.code == "E_NO_CONTENT"
-    assert "providers" in failed.value.next_step
+    assert "fabric status" in failed.value.next_step
     with pytest.raises(Unavailable):
         await leech.content.provide(root)
 
