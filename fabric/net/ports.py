@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -54,4 +56,69 @@ class Broadcast(Protocol):
 
     def subscribe(self, topic: str) -> trio.MemoryReceiveChannel[tuple[PeerId, bytes]]:
         """Return a bounded channel of (forwarder, payload); overflow is dropped."""
+        ...
+
+
+class PathProvider(Protocol):
+    """Data-plane sockets where a plain dial does not lead: implemented by ``nat``.
+
+    The other side's provider hands its end to ``DataPlane.accept_socket``; what the
+    socket is for is said by the label that follows, as on a plain connection.
+    """
+
+    def rank(self, peer: PeerId, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Return those of ``peer``'s "ip:port" worth a dial from here, best first.
+
+        Private addresses of another site are not: somebody else may answer there.
+        """
+        ...
+
+    async def punch(self, peer: PeerId) -> socket.socket:
+        """Return a connected, non-blocking TCP socket through both sides' NATs.
+
+        Raises:
+            NoRoute: the NATs do not allow it, or not now; the reason says which.
+        """
+        ...
+
+    async def circuit(self, peer: PeerId) -> socket.socket:
+        """Return one end of a socket pair whose bytes a relay carries to ``peer``.
+
+        Raises:
+            NoRoute: no relay reaches ``peer``; the reason lists what each said.
+        """
+        ...
+
+
+class LinkMeasurement(msgspec.Struct, frozen=True, kw_only=True):
+    """One link as its one end measured it.
+
+    Attributes:
+        rtt_seconds: Smoothed round-trip time.
+        up_bytes_per_second: Achievable from us to the peer; 0 when not measured.
+        down_bytes_per_second: Achievable from the peer to us; 0 when not measured.
+        measured_at: Monotonic seconds of the bandwidth measurement.
+        path: "direct", "punched" or "relay" at that time.
+    """
+
+    rtt_seconds: float
+    up_bytes_per_second: float = 0.0
+    down_bytes_per_second: float = 0.0
+    measured_at: float = 0.0
+    path: str = "direct"
+
+
+class LinkProbe(Protocol):
+    """Measured links, cheap and cached: implemented by ``nat``."""
+
+    def link(self, peer: PeerId) -> LinkMeasurement | None:
+        """Return the last measurement of the link with ``peer``, or None."""
+        ...
+
+    async def measure(self, peer: PeerId) -> LinkMeasurement:
+        """Return a measurement no older than the configured age; probes if need be.
+
+        Raises:
+            Unavailable: the peer cannot be reached.
+        """
         ...
