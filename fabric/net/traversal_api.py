@@ -1,7 +1,7 @@
 """The host as traversal sees it: connections over streams that are not its own dials.
 
-``nat`` makes a byte stream to a peer (a circuit through a relay, a hole-punched socket);
-the host runs Noise and yamux on it, after which it is a control connection like others.
+``nat`` makes a byte stream to a peer (a circuit through a relay, a punched socket); the
+host runs Noise and yamux on it, after which it is a control connection like others.
 """
 
 from __future__ import annotations
