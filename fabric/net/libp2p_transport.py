@@ -2,6 +2,8 @@
 
 py-libp2p listens with ``SO_REUSEPORT``, so two daemons on one port would silently share
 it; here the sockets are bound first and a taken port is an error the operator sees.
+Dials leave from the listening port (:mod:`fabric.net.port_reuse`), which py-libp2p does
+for hole punching only.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import errno
 from collections.abc import Sequence
 
 import trio
-from libp2p.abc import IListener, IMuxedConn, ISecureConn
+from libp2p.abc import IListener, IMuxedConn, IRawConnection, ISecureConn
 from libp2p.custom_types import THandler, TProtocol
 from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
@@ -30,9 +33,32 @@ from multiaddr.utils import get_thin_waist_addresses
 from fabric.core.errors import ConfigError
 from fabric.net.libp2p_muxer import YAMUX_PROTOCOL, FabricMuxer, MuxerLimits
 from fabric.net.libp2p_noise import FabricNoise
+from fabric.net.port_reuse import EPHEMERAL, Source, connect, listen_shared, source_for
 
 NOISE_PROTOCOL = TProtocol("/noise")
-_BACKLOG = 128
+FROM_ANY_PORT = EPHEMERAL
+"""The ``source`` of a dial that must not share the listening port."""
+
+
+class FabricTcpStream(TrioTCPStream):
+    """py-libp2p's, which knows no remote address when it is an IPv6 one."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        # kept from the start: a socket that broke has none
+        self._remote = _remote_of(stream)
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return address and port of the other end."""
+        return self._remote
+
+
+def _remote_of(stream: trio.SocketStream) -> tuple[str, int] | None:
+    try:
+        ip, port = stream.socket.getpeername()[:2]
+    except OSError:
+        return None
+    return str(ip), int(port)
 
 
 class FabricListener(IListener):
@@ -58,7 +84,7 @@ class FabricListener(IListener):
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         async def accepted(stream: trio.SocketStream) -> None:
-            await self._handler(TrioTCPStream(stream))
+            await self._handler(FabricTcpStream(stream))
 
         with self._scope:
             async with trio.open_nursery() as nursery:
@@ -84,11 +110,34 @@ class FabricListener(IListener):
 
 
 class FabricTcp(TCP):
-    """py-libp2p's TCP dialer with listeners that were bound beforehand."""
+    """Dials from the ports of listeners that were bound beforehand."""
 
     def __init__(self, bound: dict[str, list[trio.SocketListener]]) -> None:
         super().__init__()
         self._bound = bound
+        self._listening: list[Source] = []
+
+    def share_ports(self) -> None:
+        """Dial from the ports that are bound by now."""
+        self._listening = [
+            (str(listener.socket.getsockname()[0]), listener.socket.getsockname()[1])
+            for listeners in self._bound.values()
+            for listener in listeners
+        ]
+
+    async def _dial_resolved(
+        self, maddr: Multiaddr, source: Source | None = None
+    ) -> IRawConnection:
+        """Connect with an address without names, for ``dial`` of the base class."""
+        ip = extract_ip_from_multiaddr(maddr)
+        if ip is None:
+            raise OpenConnectionError(f"{maddr} has no IP address")
+        port = int(maddr.value_for_protocol("tcp") or 0)
+        try:
+            stream = await connect(ip, port, source or source_for(ip, self._listening))
+        except OSError as exc:
+            raise OpenConnectionError(f"{exc.strerror or exc}") from exc
+        return RawConnection(FabricTcpStream(stream), True)
 
     def create_listener(self, handler_function: THandler) -> IListener:
         """Return a listener for sockets of :func:`bind`."""
@@ -113,12 +162,13 @@ async def bind(addrs: Sequence[str]) -> tuple[tuple[Multiaddr, ...], FabricTcp]:
     for maddr in parsed:
         port = int(maddr.value_for_protocol("tcp") or 0)
         try:
-            bound[str(maddr)] = await trio.open_tcp_listeners(
-                port, host=extract_ip_from_multiaddr(maddr), backlog=_BACKLOG
-            )
+            bound[str(maddr)] = [
+                listen_shared(str(extract_ip_from_multiaddr(maddr)), port)
+            ]
         except OSError as exc:
             await transport.aclose()
             raise _listen_error(str(maddr), exc) from exc
+    transport.share_ports()
     return parsed, transport
 
 
