@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 import trio
@@ -13,6 +13,7 @@ from fabric.core.errors import FabricError, PeerTimeout, RemoteRefused
 from fabric.core.ids import PeerId, short
 from fabric.net.data_plane import DataPlane
 from fabric.net.host import Host
+from fabric.net.ports import PathKind
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,10 @@ class RedialingConnector:
         self._plane = plane
         self._book = book
 
-    async def connect(self, peer: PeerId) -> trio.abc.Stream:
-        """Return an authenticated stream to ``peer``.
+    async def connect(
+        self, peer: PeerId, kinds: Collection[PathKind]
+    ) -> tuple[trio.abc.Stream, PathKind]:
+        """Return an authenticated stream to ``peer`` on a path of ``kinds``.
 
         Raises:
             Unavailable: no path; NoRoute when every address refused.
@@ -54,7 +57,7 @@ class RedialingConnector:
         contact = self._book.contacts.get(peer)
         if contact is not None and peer not in self._host.connected():
             await self._host.connect(peer, contact.addrs)
-        return await self._plane.connect(peer)
+        return await self._plane.connect(peer, kinds)
 
 
 class MemberConnector:

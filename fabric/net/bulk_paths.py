@@ -30,6 +30,7 @@ from fabric.net.data_config import DataConfig
 from fabric.net.data_plane import DataPlane
 from fabric.net.offers import ForBulk, Offer, OfferRequest
 from fabric.net.paths_api import BulkHandler, BulkSocket
+from fabric.net.ports import PathKind
 from fabric.net.tasks import collapse_group
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class BulkService:
         if peer == self._plane.peer_id:
             return self._dial_ourselves(service)
         ours = self._plane.identity()
-        sock, granted = await self._plane.dial(peer, ForBulk(service), ours.der)
+        sock, granted, _ = await self._plane.dial(peer, ForBulk(service), ours.der)
         with _closed_on_error(sock):
             check_identity_certificate_untrusted(granted.certificate, peer, time.time())
             return await self._in_thread(
@@ -112,7 +113,7 @@ class BulkService:
         ours = self._plane.identity()
         return ours.der, ours
 
-    async def take(self, offer: Offer, sock: socket.socket) -> None:
+    async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
         """Authenticate and serve one connection, in a thread."""
         ours = offer.ours
         with _closed_on_error(sock):

@@ -10,7 +10,12 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Collection,
+    Iterator,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
@@ -24,9 +29,7 @@ from fabric.bulk.certificates import (
 )
 from fabric.bulk.tls import make_context
 from fabric.core.errors import (
-    ConfigError,
     FabricError,
-    IntegrityError,
     LocalProtocolError,
     PeerTimeout,
     RemoteProtocolError,
@@ -36,7 +39,8 @@ from fabric.core.errors import (
 from fabric.core.framing import FrameReader, encode_frame
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Signer
-from fabric.core.telemetry import DROPPED, PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.net.arrivals import Arrivals
 from fabric.net.data_config import DataConfig
 from fabric.net.host import Host
 from fabric.net.offers import (
@@ -53,12 +57,23 @@ from fabric.net.offers import (
     OfferTable,
     format_address,
     ip_of_multiaddr,
-    parse_address_untrusted,
-    parse_listen,
 )
-from fabric.net.ports import PROTOCOL_OFFER, PROTOCOL_RPC, Gate
+from fabric.net.path_race import (
+    RELAY_AFTER_SECONDS,
+    RPC_RELAY_AFTER_SECONDS,
+    open_path,
+)
+from fabric.net.ports import (
+    ALL_PATHS,
+    PROTOCOL_OFFER,
+    PROTOCOL_RPC,
+    Gate,
+    PathKind,
+    PathProvider,
+)
+from fabric.net.rpc_acceptor import AcceptRpc, RpcAcceptor
 from fabric.net.tasks import collapse_group
-from fabric.net.tcp_dial import connect_any, send_all
+from fabric.net.tcp_dial import send_all
 from fabric.net.tls_stream import secure
 
 logger = logging.getLogger(__name__)
@@ -82,7 +97,7 @@ class Acceptor(Protocol):
         """
         ...
 
-    async def take(self, offer: Offer, sock: socket.socket) -> None:
+    async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
         """Own ``sock``, blocking and before TLS; may last as long as the connection.
 
         Raises:
@@ -138,8 +153,9 @@ class DataPlane:
             max_per_peer=config.max_offers_per_peer,
         )
         self._acceptors: dict[type[OfferPurpose], Acceptor] = {}
-        self._bound: tuple[str, int] = ("", 0)
-        self._pending = 0
+        self._arrivals = Arrivals(config, self, counters)
+        self._provider: PathProvider | None = None
+        self._mapped: tuple[str, ...] = ()
         self._credentials = issue_identity_certificate(signer, time.time())
         self._issued = time.time()
 
@@ -147,30 +163,50 @@ class DataPlane:
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Listen until cancelled; started means that the address is bound."""
-        ip, port = parse_listen(self.config.listen)
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=ip)
-        except OSError as exc:
-            raise ConfigError(
-                f"cannot listen on {self.config.listen}: {exc}",
-                code="E_LISTEN",
-                next_step="choose a free port in data.listen",
-            ) from exc
-        self._bound = (ip, listeners[0].socket.getsockname()[1])
-        self._host.set_handler(PROTOCOL_OFFER, self._serve_offer)
-        task_status.started()
-        await trio.serve_listeners(self._serve_connection, listeners)
+
+        def ready() -> None:
+            self._host.set_handler(PROTOCOL_OFFER, self._serve_offer)
+            task_status.started()
+
+        await self._arrivals.listen(ready)
+
+    async def accept_socket(
+        self, sock: socket.socket, kind: PathKind, label_seconds: float | None = None
+    ) -> None:
+        """Serve a socket that a punch or a relay brought; run it in a task.
+
+        Args:
+            sock: Connected; owned.
+            kind: What brought it.
+            label_seconds: Its label must come within this; None is the handshake's.
+        """
+        seconds = self.config.handshake_timeout_seconds
+        await self._arrivals.serve(sock, kind, label_seconds or seconds)
+
+    def set_path_provider(self, provider: PathProvider) -> None:
+        """Ask ``provider`` where plain dials do not lead."""
+        self._provider = provider
+
+    def advertise(self, addresses: Sequence[str]) -> None:
+        """Offer these "ip:port" too: those that a router maps to our listener."""
+        self._mapped = tuple(addresses)
+
+    @property
+    def port(self) -> int:
+        """The TCP port of the listener."""
+        return self._arrivals.bound[1]
 
     def addresses(self) -> tuple[str, ...]:
         """Return the addresses ("ip:port") that an offer of ours names."""
         if self.config.advertise:
             return self.config.advertise[:MAX_ADDRESSES]
-        ip, port = self._bound
+        ip, port = self._arrivals.bound
         if ip not in ("0.0.0.0", "::"):
-            return (format_address(ip, port),)
+            return (format_address(ip, port), *self._mapped)[:MAX_ADDRESSES]
         ips = [ip_of_multiaddr(addr) for addr in self._host.addrs()]
         known = dict.fromkeys(found for found in ips if found) or {"127.0.0.1": None}
-        return tuple(format_address(found, port) for found in known)[:MAX_ADDRESSES]
+        ours = [format_address(found, port) for found in known]
+        return tuple(dict.fromkeys((*ours, *self._mapped)))[:MAX_ADDRESSES]
 
     def serve(self, purpose: type[OfferPurpose], acceptor: Acceptor) -> None:
         """Let ``acceptor`` decide about offers of type ``purpose``."""
@@ -178,11 +214,10 @@ class DataPlane:
             raise LocalProtocolError(f"{purpose.__name__} has an acceptor already")
         self._acceptors[purpose] = acceptor
 
-    def serve_rpc(
-        self, accept: Callable[[PeerId, trio.abc.Stream], Awaitable[None]]
-    ) -> None:
+    def serve_rpc(self, accept: AcceptRpc) -> None:
         """Hand inbound RPC streams to ``accept``, which owns them."""
-        self.serve(ForRpc, _RpcAcceptor(self, accept))
+        timeout = self.config.handshake_timeout_seconds
+        self.serve(ForRpc, RpcAcceptor(self.identity, accept, timeout))
 
     def identity(self) -> Credentials:
         """Return our identity certificate, renewed in its first half of life."""
@@ -192,16 +227,18 @@ class DataPlane:
             self._issued = now
         return self._credentials
 
-    async def connect(self, peer: PeerId) -> trio.abc.Stream:
-        """Return an authenticated stream to ``peer`` for RPC.
+    async def connect(
+        self, peer: PeerId, kinds: Collection[PathKind] = ALL_PATHS
+    ) -> tuple[trio.abc.Stream, PathKind]:
+        """Return an authenticated stream to ``peer`` for RPC, and its kind of path.
 
         Raises:
-            Unavailable: no control connection, or no address answers.
+            Unavailable: no control connection, or no path of ``kinds``.
             RemoteRefused: the peer's gate refuses us.
             IntegrityError: what answers is not ``peer``.
         """
         ours = self.identity()
-        sock, granted = await self.dial(peer, ForRpc(), ours.der)
+        sock, granted, kind = await self.dial(peer, ForRpc(), ours.der, kinds)
         try:
             check_identity_certificate_untrusted(granted.certificate, peer, time.time())
             context = make_context(ours, granted.certificate, server=False)
@@ -209,17 +246,22 @@ class DataPlane:
             sock.close()
             raise
         with self._deadline(f"TLS handshake with {peer}"):
-            return await secure(sock, context, granted.certificate, server=False)
+            stream = await secure(sock, context, granted.certificate, server=False)
+        return stream, kind
 
     async def dial(
-        self, peer: PeerId, purpose: OfferPurpose, certificate: bytes
-    ) -> tuple[socket.socket, OfferGranted]:
-        """Return a connected, non-blocking socket whose label was sent.
+        self,
+        peer: PeerId,
+        purpose: OfferPurpose,
+        certificate: bytes,
+        kinds: Collection[PathKind] = ALL_PATHS,
+    ) -> tuple[socket.socket, OfferGranted, PathKind]:
+        """Return a connected, non-blocking socket whose label was sent, and its kind.
 
         The caller checks the granted certificate, and owns the socket.
 
         Raises:
-            Unavailable: no control connection, no address answers, or the peer has
+            Unavailable: no control connection, no path of ``kinds``, or the peer has
                 nobody for this purpose now.
             RemoteRefused: the peer refuses us.
         """
@@ -227,15 +269,23 @@ class DataPlane:
             reply = await self._ask(peer, OfferRequest(purpose, certificate))
         if isinstance(reply, OfferRefused):
             raise reply.as_error()
-        targets = [parse_address_untrusted(a) for a in reply.addresses]
+        hasty = isinstance(purpose, ForRpc)
         with self._deadline(f"connection to {peer}"):
-            sock = await connect_any(targets)
+            sock, kind = await open_path(
+                peer,
+                reply.addresses,
+                self._provider,
+                relay_after_seconds=(
+                    RPC_RELAY_AFTER_SECONDS if hasty else RELAY_AFTER_SECONDS
+                ),
+                kinds=kinds,
+            )
             try:
-                await send_all(sock, reply.label)
+                await send_all(trio.socket.from_stdlib_socket(sock), reply.label)
             except BaseException:
                 sock.close()
                 raise
-        return socket.socket(fileno=sock.detach()), reply
+        return sock, reply, kind
 
     async def disconnect(self, peer: PeerId) -> None:
         """Void the offers made to ``peer``: the gate's decision changed."""
@@ -292,40 +342,15 @@ class DataPlane:
                 decision.reason, code=decision.code, next_step=decision.next_step
             )
 
-    async def _serve_connection(self, stream: trio.SocketStream) -> None:
-        if self._pending >= self.config.max_pending_connections:
-            self.counters.add(DROPPED, label="pending_connections")
-            await trio.aclose_forcefully(stream)
-            return
-        try:
-            offer = await self._receive_label(stream)
-            sock = socket.socket(fileno=stream.socket.detach())
-            await self._acceptors[type(offer.purpose)].take(offer, sock)
-        except (RemoteProtocolError, IntegrityError) as exc:
-            self.counters.add(PROTOCOL_ERRORS, label="data")
-            logger.info("data.refused reason=%s", exc.reason)
-        except FabricError as exc:
-            logger.info("data.failed code=%s reason=%s", exc.code, exc.reason)
-        finally:
-            await trio.aclose_forcefully(stream)
-
-    async def _receive_label(self, stream: trio.SocketStream) -> Offer:
-        self._pending += 1
-        try:
-            with self._deadline("label"):
-                label = b""
-                while len(label) < LABEL_BYTES:  # and not a byte of the TLS after it
-                    part = await stream.receive_some(LABEL_BYTES - len(label))
-                    if not part:
-                        raise Unavailable("connection closed before its label")
-                    label += part
-        except trio.BrokenResourceError as exc:
-            raise Unavailable(f"connection broke: {exc.__cause__}") from exc
-        finally:
-            self._pending -= 1
+    def redeem(self, label: bytes) -> Offer:
+        """Return and close the offer of ``label``; what changed since it counts."""
         offer = self._offers.redeem(label, trio.current_time())
         self._check_gate(offer.peer, offer.purpose)
         return offer
+
+    async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
+        """Hand ``sock`` to the acceptor of the offer's purpose."""
+        await self._acceptors[type(offer.purpose)].take(offer, sock, kind)
 
     @contextmanager
     def _deadline(self, what: str) -> Iterator[None]:
@@ -335,38 +360,6 @@ class DataPlane:
                 yield
         except trio.TooSlowError as exc:
             raise PeerTimeout(f"{what} took too long") from exc
-
-
-class _RpcAcceptor:
-    """Inbound RPC connections: TLS in this process, under identity certificates."""
-
-    def __init__(
-        self,
-        plane: DataPlane,
-        accept: Callable[[PeerId, trio.abc.Stream], Awaitable[None]],
-    ) -> None:
-        self._plane = plane
-        self._accept = accept
-
-    def admit_untrusted(
-        self, peer: PeerId, request: OfferRequest, now: float
-    ) -> tuple[bytes, Credentials | None]:
-        """Return our identity certificate if the peer's is its own."""
-        check_identity_certificate_untrusted(request.certificate, peer, now)
-        ours = self._plane.identity()
-        return ours.der, ours
-
-    async def take(self, offer: Offer, sock: socket.socket) -> None:
-        """Authenticate, then hand the stream to the RPC service."""
-        if offer.ours is None:
-            raise LocalProtocolError("RPC offer without credentials")
-        context = make_context(offer.ours, offer.peer_certificate, server=True)
-        timeout = self._plane.config.handshake_timeout_seconds
-        with trio.move_on_after(timeout) as scope:
-            stream = await secure(sock, context, offer.peer_certificate, server=True)
-        if scope.cancelled_caught:
-            raise PeerTimeout(f"TLS handshake of {offer.peer} took too long")
-        await self._accept(offer.peer, stream)
 
 
 async def _receive_frame_untrusted(stream: trio.abc.Stream, max_bytes: int) -> bytes:

@@ -35,6 +35,13 @@ from fabric.core.ids import PeerId
 
 LABEL_BYTES = 16
 """Random, so that nobody guesses an open label."""
+OBSERVE_LABEL = b"fabric-observe/1"
+"""Says "tell me where I come from": the listener answers one frame, "ip:port".
+
+A NAT maps each local port on its own, so the one about to be punched must ask by
+itself. Like STUN over TCP (RFC 8489) the answer is not authenticated: a wrong one makes
+a punch fail and nothing else.
+"""
 MAX_ADDRESSES = 16
 """Addresses in one offer; the dialler tries all of them at once."""
 

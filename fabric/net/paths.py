@@ -1,8 +1,8 @@
 """Sockets for workers: the daemon finds the path, the worker speaks TLS on it.
 
-Paths today: two workers of one daemon ("local", a socket pair, no TLS) and TCP to an
-address that the other daemon offers ("direct"). Punched and relayed paths join in
-:meth:`WorkerPaths.open`: whatever makes a connected socket.
+Two workers of one daemon get a socket pair without TLS ("local"). To another daemon the
+data plane opens what it can: TCP to an address that it offers ("direct"), a punched TCP
+connection ("punched"), or a socket pair that is pumped to a relay ("relay").
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fabric.core.ids import PeerId
 from fabric.net.data_plane import DataPlane
 from fabric.net.offers import ForJob, Offer, OfferRequest
 from fabric.net.paths_api import Purpose, WorkerSocket
+from fabric.net.ports import PathKind
 
 MAX_WAITING_SOCKETS = 64
 """Inbound sockets of one job that its worker has not taken yet."""
@@ -60,7 +61,7 @@ class WorkerPaths:
         if peer == self._plane.peer_id:
             return self._open_local(purpose)
         wanted = ForJob(purpose.job, purpose.counter, purpose.channel)
-        sock, granted = await self._plane.dial(peer, wanted, certificate)
+        sock, granted, kind = await self._plane.dial(peer, wanted, certificate)
         try:
             check_job_certificate_untrusted(
                 granted.certificate, peer, purpose.job, time.time()
@@ -68,9 +69,9 @@ class WorkerPaths:
         except BaseException:
             sock.close()
             raise
-        self._remember(peer, "direct")
+        self._remember(peer, kind)
         sock.setblocking(True)
-        return WorkerSocket(sock, peer, granted.certificate, True, purpose, "direct")
+        return WorkerSocket(sock, peer, granted.certificate, True, purpose, kind)
 
     def expect(
         self, job: str, certificate: bytes, peers: frozenset[PeerId]
@@ -96,23 +97,22 @@ class WorkerPaths:
         check_job_certificate_untrusted(request.certificate, peer, purpose.job, now)
         return expected.certificate, None
 
-    async def take(self, offer: Offer, sock: socket.socket) -> None:
+    async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
         """Queue the socket for the worker; what changed since the offer counts."""
         purpose = _purpose_of(offer)
         try:
             expected = self._expecting(purpose.job)
             expected.check(offer.peer, purpose.counter)
             sock.setblocking(True)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             expected.put(
                 WorkerSocket(
-                    sock, offer.peer, offer.peer_certificate, False, purpose, "direct"
+                    sock, offer.peer, offer.peer_certificate, False, purpose, kind
                 )
             )
         except BaseException:
             sock.close()
             raise
-        self._remember(offer.peer, "direct")
+        self._remember(offer.peer, kind)
         await trio.lowlevel.checkpoint()
 
     def _open_local(self, purpose: Purpose) -> WorkerSocket:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import trio
@@ -59,6 +59,11 @@ class Broadcast(Protocol):
         ...
 
 
+PathKind = Literal["direct", "punched", "relay"]
+ALL_PATHS: tuple[PathKind, ...] = ("direct", "punched", "relay")
+BETTER_THAN_RELAY: frozenset[PathKind] = frozenset({"direct", "punched"})
+
+
 class PathProvider(Protocol):
     """Data-plane sockets where a plain dial does not lead: implemented by ``nat``.
 
@@ -105,7 +110,7 @@ class LinkMeasurement(msgspec.Struct, frozen=True, kw_only=True):
     up_bytes_per_second: float = 0.0
     down_bytes_per_second: float = 0.0
     measured_at: float = 0.0
-    path: str = "direct"
+    path: PathKind = "direct"
 
 
 class LinkProbe(Protocol):

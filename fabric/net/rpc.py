@@ -1,14 +1,15 @@
 """The RPC service: one connection per peer, handlers for the peers' calls.
 
 When two peers dial each other at once there are two connections for a moment. Both
-sides keep the one dialled by the lower PeerId; the other is drained, not cut, so no
-call breaks.
+sides keep the better path, of two alike the one dialled by the lower PeerId; the other
+is drained, not cut, so no call breaks. That is also how a relayed connection becomes a
+direct one (:meth:`RpcService.upgrade`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -25,7 +26,13 @@ from fabric.core.errors import (
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import BUGS, DROPPED, PROTOCOL_ERRORS, REFUSALS, Counters
 from fabric.net.data_config import RpcConfig
-from fabric.net.ports import PROTOCOL_RPC, Gate
+from fabric.net.ports import (
+    ALL_PATHS,
+    BETTER_THAN_RELAY,
+    PROTOCOL_RPC,
+    Gate,
+    PathKind,
+)
 from fabric.net.rpc_api import AsyncHandler, Handler
 from fabric.net.rpc_connection import RpcConnection
 from fabric.net.rpc_core import RequestReceived
@@ -42,8 +49,10 @@ MAX_SUBSCRIBERS = 32
 class Connector(Protocol):
     """Makes authenticated streams for RPC; the data plane does."""
 
-    async def connect(self, peer: PeerId) -> trio.abc.Stream:
-        """Return a stream to ``peer``.
+    async def connect(
+        self, peer: PeerId, kinds: Collection[PathKind]
+    ) -> tuple[trio.abc.Stream, PathKind]:
+        """Return a stream to ``peer`` on a path of ``kinds``, and which it is.
 
         Raises:
             Unavailable: no path.
@@ -144,10 +153,12 @@ class RpcService:
             connection = await self._connect(peer)
         return await connection.call(method, request)
 
-    async def accept(self, peer: PeerId, stream: trio.abc.Stream) -> None:
+    async def accept(
+        self, peer: PeerId, stream: trio.abc.Stream, kind: PathKind = "direct"
+    ) -> None:
         """Take over an inbound, authenticated ``stream`` of ``peer``."""
         try:
-            self._add(peer, stream, initiator=peer)
+            self._add(peer, stream, peer, kind)
         except FabricError as exc:
             logger.info("rpc.refused peer=%s code=%s", short(peer), exc.code)
             await trio.aclose_forcefully(stream)
@@ -169,6 +180,26 @@ class RpcService:
         send, receive = trio.open_memory_channel[PeerId](LOST_EVENTS)
         self._lost.append(send)
         return receive
+
+    def kind(self, peer: PeerId) -> PathKind | None:
+        """Return what carries the connection with ``peer``, or None without one."""
+        connection = self._live.get(peer)
+        return connection.kind if connection is not None else None
+
+    async def upgrade(self, peer: PeerId) -> None:
+        """Move the connection with ``peer`` off its relay; open calls finish there.
+
+        Does nothing when there is no connection or a better one already. Bound it with
+        ``trio.fail_after`` at the call site.
+
+        Raises:
+            Unavailable: no better path now; NoRoute says why.
+            RemoteRefused: the peer's gate refuses us.
+        """
+        if self.kind(peer) != "relay":
+            return
+        stream, kind = await self._connector.connect(peer, BETTER_THAN_RELAY)
+        await self._adopt(peer, stream, kind)
 
     def rtt_seconds(self, peer: PeerId) -> float | None:
         """Return the smoothed round-trip time, or None when unknown."""
@@ -197,12 +228,8 @@ class RpcService:
         try:
             with trio.fail_after(self._config.connect_timeout_seconds):
                 self._check_gate(peer)
-                stream = await self._connector.connect(peer)
-            try:
-                self._add(peer, stream, initiator=self._peer_id)
-            except FabricError:
-                await trio.aclose_forcefully(stream)
-                raise
+                stream, kind = await self._connector.connect(peer, ALL_PATHS)
+            await self._adopt(peer, stream, kind)
         except trio.TooSlowError:
             dial.error = PeerTimeout(f"no connection with {peer} in time")
         except FabricError as exc:
@@ -210,6 +237,15 @@ class RpcService:
         finally:
             del self._dials[peer]
             dial.done.set()
+
+    async def _adopt(
+        self, peer: PeerId, stream: trio.abc.Stream, kind: PathKind
+    ) -> None:
+        try:
+            self._add(peer, stream, self._peer_id, kind)
+        except FabricError:
+            await trio.aclose_forcefully(stream)
+            raise
 
     def _check_gate(self, peer: PeerId) -> None:
         decision = self._gate.allows(peer, PROTOCOL_RPC)
@@ -219,14 +255,16 @@ class RpcService:
                 decision.reason, code=decision.code, next_step=decision.next_step
             )
 
-    def _add(self, peer: PeerId, stream: trio.abc.Stream, initiator: PeerId) -> None:
+    def _add(
+        self, peer: PeerId, stream: trio.abc.Stream, initiator: PeerId, kind: PathKind
+    ) -> None:
         self._check_gate(peer)
         if len(self._all) >= self._config.max_connections:
             raise ResourceExhausted(f"{len(self._all)} RPC connections")
         if self._nursery is None:
             raise LocalProtocolError("the RPC service does not run")
         connection = RpcConnection(
-            peer, stream, initiator, self._config, self._serve, self._counters
+            peer, stream, (initiator, kind), self._config, self._serve, self._counters
         )
         existing = self._live.get(peer)
         if existing is None or not _keeps(existing, connection):
@@ -320,7 +358,11 @@ class RpcService:
 def _keeps(existing: RpcConnection, new: RpcConnection) -> bool:
     """Whether ``existing`` stays when ``new`` joins it: both sides decide alike.
 
-    The connection dialled by the lower PeerId stays. Of two with one initiator the
-    newer stays: that peer dials again only after it lost the older.
+    A relayed one yields to a better one. Of two alike the one dialled by the lower
+    PeerId stays; of two with one initiator the newer: that peer dials again only after
+    it lost the older.
     """
+    relayed = (existing.kind == "relay", new.kind == "relay")
+    if relayed[0] != relayed[1]:
+        return relayed[1]
     return existing.initiator < new.initiator

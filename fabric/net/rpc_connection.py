@@ -21,6 +21,7 @@ from fabric.core.errors import (
 from fabric.core.ids import PeerId
 from fabric.core.telemetry import RECEIVED_BYTES, SENT_BYTES, Counters
 from fabric.net.data_config import RpcConfig
+from fabric.net.ports import PathKind
 from fabric.net.rpc_core import (
     CancelReceived,
     RefusalReceived,
@@ -45,7 +46,7 @@ class RpcConnection:
     Args:
         peer: Who is at the other end; authenticated by whoever made the stream.
         stream: Closed when :meth:`run` ends.
-        initiator: Who dialled; decides between two simultaneous connections.
+        origin: Who dialled, and the kind of path: they decide which of two stays.
         config: Limits and times.
         serve: Called inline for each request.
         counters: Receives byte counts under the label "rpc".
@@ -55,13 +56,13 @@ class RpcConnection:
         self,
         peer: PeerId,
         stream: trio.abc.Stream,
-        initiator: PeerId,
+        origin: tuple[PeerId, PathKind],
         config: RpcConfig,
         serve: Serve,
         counters: Counters,
     ) -> None:
         self.peer = peer
-        self.initiator = initiator
+        self.initiator, self.kind = origin
         self._stream = stream
         self._config = config
         self._serve = serve

@@ -8,6 +8,7 @@ from fabric.app.connector import MemberConnector, RedialingConnector
 from fabric.app.peer_book import PeerBook
 from fabric.core.errors import NoRoute, RemoteRefused
 from fabric.core.ids import PeerId
+from fabric.net.ports import ALL_PATHS
 
 PEER, ADDR = PeerId("peer"), "/ip4/127.0.0.1/tcp/1/p2p/peer"
 
@@ -75,7 +76,7 @@ async def test_a_refusal_carries_the_reason_of_admission():
 
 
 class Plane:
-    async def connect(self, peer):
+    async def connect(self, peer, kinds):
         return trio.testing.memory_stream_pair()[0]
 
 
@@ -83,10 +84,10 @@ async def test_rpc_dials_a_known_peer_first_and_says_that_nobody_listens():
     world, book = World(), PeerBook(PeerId("me"))
     book.learn({PEER: [ADDR]})
     connector = RedialingConnector(world, Plane(), book)
-    await connector.connect(PEER)
-    await connector.connect(PEER)
+    await connector.connect(PEER, ALL_PATHS)
+    await connector.connect(PEER, ALL_PATHS)
     assert world.did == ["dial"]
     world.live.clear()
     world.up = False
     with pytest.raises(NoRoute):
-        await connector.connect(PEER)
+        await connector.connect(PEER, ALL_PATHS)

@@ -181,7 +181,7 @@ async def test_offer_with_another_peers_certificate_is_refused():
 
 async def test_an_answer_with_another_peers_certificate_is_refused():
     async with network("abm") as nodes:
-        nodes[B].plane.identity = nodes[M].plane.identity
+        nodes[B].plane._credentials = nodes[M].plane.identity()
         with pytest.raises(IntegrityError):
             await nodes[A].rpc.call(B, "x.echo", b"")
 
@@ -198,7 +198,7 @@ async def test_malformed_offer_is_counted_and_answered_by_silence():
 async def spend(nodes, label_of):
     """Dial B's bulk service by hand; ``label_of`` may tamper with the label."""
     ours = nodes[A].plane.identity()
-    sock, granted = await nodes[A].plane.dial(B, ForBulk("s"), ours.der)
+    sock, granted, _ = await nodes[A].plane.dial(B, ForBulk("s"), ours.der)
     host, port = granted.addresses[0].split(":")
 
     def replay():
@@ -235,7 +235,7 @@ async def test_a_thief_of_the_label_without_the_key_gets_nothing():
         served = []
         nodes[B].bulk.serve_bulk("s", lambda sock, peer: served.append(peer))
         ours = nodes[A].plane.identity()
-        sock, granted = await nodes[A].plane.dial(B, ForBulk("s"), ours.der)
+        sock, granted, _ = await nodes[A].plane.dial(B, ForBulk("s"), ours.der)
         thief = issue_identity_certificate(SIGNERS["m"], time.time())
 
         def steal():
@@ -256,7 +256,7 @@ async def test_silent_and_surplus_connections_hold_nothing_back():
     async with network(config=config) as nodes:
         host, port = nodes[B].plane.addresses()[0].split(":")
         silent = [await trio.open_tcp_stream(host, int(port)) for _ in range(2)]
-        await until(lambda: nodes[B].plane._pending == 2)
+        await until(lambda: nodes[B].plane._arrivals.pending == 2)
         surplus = await trio.open_tcp_stream(host, int(port))
         assert await surplus.receive_some() == b""  # closed at once
         assert nodes[B].counters.snapshot()["dropped_total:pending_connections"] == 1

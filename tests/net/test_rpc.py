@@ -9,6 +9,7 @@ from trio.testing import lockstep_stream_pair, memory_stream_pair
 from fabric.core.errors import (
     FabricError,
     LocalProtocolError,
+    NoRoute,
     PeerTimeout,
     RemoteRefused,
     ResourceExhausted,
@@ -16,7 +17,7 @@ from fabric.core.errors import (
 )
 from fabric.core.telemetry import Counters
 from fabric.net.data_config import RpcConfig
-from fabric.net.ports import ALLOWED, Decision
+from fabric.net.ports import ALL_PATHS, ALLOWED, Decision
 from fabric.net.rpc import open_rpc
 
 DEFAULTS = RpcConfig()
@@ -42,21 +43,25 @@ class Wires:
         self.streams = []
         self.pair = memory_stream_pair
         self.hold = None
+        self.kind = "direct"
 
     def connector(self, name):
         wires = self
 
         class Connector:
-            async def connect(self, peer):
+            async def connect(self, peer, kinds):
                 wires.dials += 1
+                kind = wires.kind
+                if kind not in kinds:
+                    raise NoRoute("both sides map per destination")
                 if wires.hold is not None:
                     await wires.hold.wait()
                 if peer not in wires.services:
                     raise Unavailable(f"no path to {peer}")
                 ours, theirs = wires.pair()
                 wires.streams += [ours, theirs]
-                await wires.services[peer].accept(name, theirs)
-                return ours
+                await wires.services[peer].accept(name, theirs, kind)
+                return ours, kind
 
         return Connector()
 
@@ -336,6 +341,45 @@ async def test_simultaneous_dials_settle_on_the_lower_initiator(autojump_clock):
         assert len(answers) == 200  # no call broke
         assert len(a._all) == len(b._all) == 1
         assert a._live["b"].initiator == b._live["a"].initiator == "a"
+
+
+async def test_an_upgrade_leaves_the_relay_and_breaks_no_call(autojump_clock):
+    async with mesh("a", "b") as wires:
+        a, b = wires.services["a"], wires.services["b"]
+        b.register("x.echo", echo)
+        held = trio.Event()
+
+        async def slow(peer, request):
+            await held.wait()
+            return b"late"
+
+        b.register_async("x.slow", slow)
+        wires.kind = "relay"
+        await a.call("b", "x.echo", b"")
+        assert (a.kind("b"), b.kind("a")) == ("relay", "relay")
+        with pytest.raises(NoRoute):
+            await a.upgrade("b")  # no better path yet: the relay stays
+        assert a.kind("b") == "relay"
+        answers = []
+
+        async def call():
+            answers.append(await a.call("b", "x.slow", b""))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+            wires.kind = "punched"
+            await a.upgrade("b")
+            assert (a.kind("b"), b.kind("a")) == ("punched", "punched")
+            assert await a.call("b", "x.echo", b"new") == b"a:new"
+            held.set()
+        assert answers == [b"late"]
+        dials = wires.dials
+        await a.upgrade("b")  # nothing to do
+        assert wires.dials == dials
+        wires.kind = "relay"  # a late relayed connection does not take over again
+        await a._adopt("b", *await wires.connector("a").connect("b", ALL_PATHS))
+        assert a.kind("b") == b.kind("a") == "punched"
 
 
 async def test_gate_is_asked_whoever_dials(autojump_clock):
