@@ -55,9 +55,7 @@ class Provider:
 def race(monkeypatch):
     providers = []
 
-    async def run(
-        kinds=path_race.ALL_PATHS, relay_after=2.0, addresses=("1.1.1.1:1",), **takes
-    ):
+    async def run(kinds=ALL_PATHS, relay_after=2.0, addresses=("1.1.1.1:1",), **takes):
         provider = Provider(**takes)
         providers.append(provider)
         provider.start = trio.current_time()
