@@ -16,6 +16,8 @@ from collections.abc import Iterable
 
 import trio
 
+from fabric.net.socket_options import set_liveness
+
 BACKLOG = 128
 """Connections that completed and were not accepted yet."""
 _PORT_BUSY = frozenset(
@@ -45,6 +47,7 @@ def _listening(ip: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        set_liveness(sock)  # what it accepts inherits these
         sock.bind((ip, port))
         sock.listen(BACKLOG)
         share(sock)
@@ -104,6 +107,7 @@ async def _connect(ip: str, port: int, source: Source | None) -> trio.SocketStre
             share(sock)
             await sock.bind(source)
         await sock.connect((ip, port))
+        set_liveness(sock)  # not before: how long a dial may take is the caller's
         return trio.SocketStream(sock)
     except BaseException:
         sock.close()
