@@ -18,6 +18,9 @@ class TrainConfig(
         certificate_seconds: Life of a job certificate, at most 3600; renewed at half.
         first_backoff_seconds: Pause before a failed path is tried again; it doubles.
         max_backoff_seconds: Longest such pause.
+        upgrade_seconds: A relayed socket is tried to be replaced by a direct or punched
+            one after this; the pause doubles with each failure.
+        max_upgrade_seconds: Longest such pause.
     """
 
     worker_memory_bytes: int = 8 << 30
@@ -27,3 +30,5 @@ class TrainConfig(
     certificate_seconds: int = 3600
     first_backoff_seconds: float = 0.1
     max_backoff_seconds: float = 2.0
+    upgrade_seconds: float = 2.0
+    max_upgrade_seconds: float = 60.0

@@ -4,14 +4,15 @@ pump      the only task that writes to the worker: commands, and sockets
 listen    reads the worker's events; ends everything when the worker ends
 accept    inbound sockets, which other peers opened
 renew     a new certificate at half the life of the old one
-keep (xP) an outgoing socket to each other participant, opened again when it breaks
+keep (xP) an outgoing socket to each other participant, opened again when it breaks,
+          and when it is relayed and a better path can be had
 """
 
 from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 import trio
@@ -28,6 +29,7 @@ from fabric.core.signing import Signer
 from fabric.jobs.messages import Generation
 from fabric.jobs.runner import RunnerContext
 from fabric.net.paths_api import Paths, Purpose, WorkerSocket, WorkerSockets
+from fabric.net.ports import ALL_PATHS, BETTER_THAN_RELAY, PathKind
 from fabric.net.worker_api import WorkerLimits, WorkerLink
 from fabric.net.worker_link import open_worker
 from training.config import TrainConfig
@@ -301,7 +303,7 @@ class LiveWorker:
                     await self._reachable(peer, reached=True)
                     lost = self._broken[peer] = trio.Event()
                     await self._hand_over(opened, outgoing=True)
-                    await lost.wait()
+                    await self._hold(peer, opened.path, lost)
                     failing_since = None
                 if trio.current_time() - opened_at > self._patience:
                     pause = self._config.first_backoff_seconds
@@ -309,12 +311,33 @@ class LiveWorker:
                 await trio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, self._config.max_backoff_seconds)
 
-    async def _open(self, peer: PeerId) -> WorkerSocket:
+    async def _hold(self, peer: PeerId, path: str, lost: trio.Event) -> None:
+        """Return when the socket to ``peer`` broke; a relayed one is replaced.
+
+        The worker sends again on a new socket what it had sent on the old one.
+        """
+        pause = self._config.upgrade_seconds
+        while path == "relay":
+            with trio.move_on_after(pause):
+                await lost.wait()
+                return
+            try:
+                opened = await self._open(peer, BETTER_THAN_RELAY)
+            except FabricError:
+                pause = min(2 * pause, self._config.max_upgrade_seconds)
+            else:
+                path = opened.path
+                await self._hand_over(opened, outgoing=True)
+        await lost.wait()
+
+    async def _open(
+        self, peer: PeerId, kinds: Collection[PathKind] = ALL_PATHS
+    ) -> WorkerSocket:
         assert self._generation is not None
         purpose = Purpose(self._context.job, self._generation.counter, CHANNEL)
         try:
             with trio.fail_after(self._patience):
-                return await self._paths.open(peer, purpose, self._certificate)
+                return await self._paths.open(peer, purpose, self._certificate, kinds)
         except trio.TooSlowError as exc:
             raise PeerTimeout(f"no path to {peer} in {self._patience:g} s") from exc
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Collection
 
 import trio
 
@@ -24,7 +25,7 @@ from fabric.core.ids import PeerId
 from fabric.net.data_plane import DataPlane
 from fabric.net.offers import ForJob, Offer, OfferRequest
 from fabric.net.paths_api import Purpose, WorkerSocket
-from fabric.net.ports import PathKind
+from fabric.net.ports import ALL_PATHS, PathKind
 
 MAX_WAITING_SOCKETS = 64
 """Inbound sockets of one job that its worker has not taken yet."""
@@ -42,7 +43,11 @@ class WorkerPaths:
         plane.serve(ForJob, self)
 
     async def open(
-        self, peer: PeerId, purpose: Purpose, certificate: bytes
+        self,
+        peer: PeerId,
+        purpose: Purpose,
+        certificate: bytes,
+        kinds: Collection[PathKind] = ALL_PATHS,
     ) -> WorkerSocket:
         """Return a connected socket to ``peer``'s worker of ``purpose.job``.
 
@@ -52,6 +57,7 @@ class WorkerPaths:
             peer: The other daemon; our own id gives a socketpair.
             purpose: Names job, generation and channel.
             certificate: DER job certificate of our worker, shown in the offer.
+            kinds: The kinds of path that are wanted.
 
         Raises:
             Unavailable: no path, or the other side has no such worker (yet).
@@ -61,7 +67,7 @@ class WorkerPaths:
         if peer == self._plane.peer_id:
             return self._open_local(purpose)
         wanted = ForJob(purpose.job, purpose.counter, purpose.channel)
-        sock, granted, kind = await self._plane.dial(peer, wanted, certificate)
+        sock, granted, kind = await self._plane.dial(peer, wanted, certificate, kinds)
         try:
             check_job_certificate_untrusted(
                 granted.certificate, peer, purpose.job, time.time()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from fabric.core.ids import PeerId
+from fabric.net.ports import ALL_PATHS, PathKind
 
 
 class Purpose(msgspec.Struct, frozen=True):
@@ -52,7 +53,11 @@ class Paths(Protocol):
     """Opens data-plane sockets for workers, which do not know which path they got."""
 
     async def open(
-        self, peer: PeerId, purpose: Purpose, certificate: bytes
+        self,
+        peer: PeerId,
+        purpose: Purpose,
+        certificate: bytes,
+        kinds: Collection[PathKind] = ALL_PATHS,
     ) -> WorkerSocket:
         """Return a connected socket to ``peer``'s worker of ``purpose.job``.
 
@@ -60,6 +65,8 @@ class Paths(Protocol):
             peer: The other daemon; our own id gives a socketpair.
             purpose: Names job, generation and channel.
             certificate: DER job certificate of our worker, shown in the offer.
+            kinds: The kinds of path that are wanted; who got a relayed socket asks
+                later for BETTER_THAN_RELAY.
 
         Raises:
             Unavailable: no path, or the other side has no such worker (yet).

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from fabric.bulk.certificates import check_job_certificate_untrusted
-from fabric.core.errors import Unavailable
+from fabric.core.errors import NoRoute, Unavailable
 from fabric.core.signing import Ed25519Signer
 from fabric.jobs.messages import Generation, RoundDecision, RoundReport, StateHeld
 from fabric.jobs.runner import (
@@ -72,13 +72,23 @@ class Network:
         self.expected = {}
         self.opened = 0
         self.cut = set()
+        self.relayed = set()
+        self.another = trio.Event()
+
+    async def until_opened(self, count):
+        with trio.fail_after(60):
+            while self.opened < count:
+                await self.another.wait()
 
     def paths_of(self, me):
         network = self
 
         class MemoryPaths:
-            async def open(self, peer, purpose, certificate):
+            async def open(self, peer, purpose, certificate, kinds):
                 await trio.lowlevel.checkpoint()
+                path = "relay" if (me, peer) in network.relayed else "direct"
+                if path not in kinds:
+                    raise NoRoute("both sides map per destination")
                 inbound = network.expected.get(peer)
                 if (
                     inbound is None
@@ -89,12 +99,14 @@ class Network:
                 assert purpose.counter >= inbound.min_counter
                 check_job_certificate_untrusted(certificate, me, JOB, CLOCK)
                 network.opened += 1
+                network.another.set()
+                network.another = trio.Event()
                 ours, theirs = socket.socketpair()
                 await inbound.send.send(
-                    WorkerSocket(theirs, me, certificate, False, purpose, "local")
+                    WorkerSocket(theirs, me, certificate, False, purpose, path)
                 )
                 return WorkerSocket(
-                    ours, peer, inbound.certificate, True, purpose, "local"
+                    ours, peer, inbound.certificate, True, purpose, path
                 )
 
             def expect(self, job, certificate, peers):
@@ -139,7 +151,7 @@ class Mesh:
         factory = train_runner_factory(
             self.network.paths_of(signer.peer_id),
             signer,
-            TrainConfig(),
+            TrainConfig(upgrade_seconds=0.05),
             clock=lambda: CLOCK,
         )
         async with factory(Context(JOB, self.spec, signer.peer_id, scratch)) as runner:
@@ -251,6 +263,25 @@ async def test_a_killed_worker_is_told_and_started_again_for_the_next_generation
     await mesh.until(lambda: of(a, RunnerResult) and of(b, RunnerResult))
     results = [of(n, RunnerResult)[0].facts for n in (a, b)]
     assert results[0]["state_digest"] == results[1]["state_digest"]
+
+
+@pytest.mark.slow
+async def test_a_relayed_socket_is_replaced_as_soon_as_a_better_path_can_be_had(mesh):
+    mesh.paused = True  # in the middle of a round: what was sent is sent again
+    a, b = await mesh.add(), await mesh.add()
+    mesh.network.relayed = {(a.peer, b.peer), (b.peer, a.peer)}
+    await mesh.apply([a, b])
+    await mesh.until(lambda: 0 in a.reports and 0 in b.reports)
+    await mesh.network.until_opened(2)
+    mesh.network.relayed.clear()
+    await mesh.network.until_opened(4)
+    mesh.paused = False
+    await mesh.decide(0)
+    await mesh.until(lambda: of(a, RunnerResult) and of(b, RunnerResult))
+    results = [of(n, RunnerResult)[0].facts for n in (a, b)]
+    assert results[0]["state_digest"] == results[1]["state_digest"]
+    assert facts(a, f"path:{b.peer}")[-1] == "direct"
+    assert mesh.network.opened == 4  # and nothing more once both are direct
 
 
 @pytest.mark.slow
