@@ -38,7 +38,7 @@ from cryptography.x509.oid import ExtensionOID, NameOID
 
 from fabric.core.codec import Codec
 from fabric.core.errors import IntegrityError, RemoteProtocolError
-from fabric.core.ids import PeerId, public_key_of
+from fabric.core.ids import PeerId, peer_id_of, public_key_of
 from fabric.core.signing import DOMAIN_JOB_CERTIFICATE, DOMAIN_TLS, Signer, verify
 
 LIBP2P_TLS_OID = x509.ObjectIdentifier("1.3.6.1.4.1.53594.1.1")
@@ -141,6 +141,18 @@ def check_identity_certificate_untrusted(
         RemoteProtocolError: it does not parse, or is no identity certificate.
         IntegrityError: it is expired, another peer's, or a signature does not match.
     """
+    public_key_of(peer_id)
+    if certificate_identity_untrusted(der, now) != peer_id:
+        raise IntegrityError(f"certificate of another identity, wanted {peer_id}")
+
+
+def certificate_identity_untrusted(der: bytes, now: float) -> PeerId:
+    """Return whose identity certificate ``der`` is; whoever has its key is that peer.
+
+    Raises:
+        RemoteProtocolError: it does not parse, or is no identity certificate.
+        IntegrityError: it is expired, or a signature does not match.
+    """
     certificate = _parse_untrusted(der)
     spki = _check_untrusted(certificate, now)
     value = _extension_untrusted(certificate, LIBP2P_TLS_OID)
@@ -152,10 +164,11 @@ def check_identity_certificate_untrusted(
         or value[key_end:signature_start] != _SIGNED_KEY_MIDDLE
     ):
         raise RemoteProtocolError("certificate extension is no Ed25519 SignedKey")
-    if value[len(_SIGNED_KEY_HEAD) : key_end] != public_key_of(peer_id):
-        raise IntegrityError(f"certificate of another identity, wanted {peer_id}")
-    if not verify(public_key_of(peer_id), DOMAIN_TLS, spki, value[signature_start:]):
+    public_key = value[len(_SIGNED_KEY_HEAD) : key_end]
+    peer_id = peer_id_of(public_key)
+    if not verify(public_key, DOMAIN_TLS, spki, value[signature_start:]):
         raise IntegrityError(f"certificate is not signed by {peer_id}")
+    return peer_id
 
 
 def make_worker_key() -> tuple[bytes, bytes]:

@@ -30,7 +30,7 @@ from libp2p.stream_muxer.exceptions import (
 from multiaddr import Multiaddr
 
 from fabric.core.errors import RemoteProtocolError, ResourceExhausted
-from fabric.net.libp2p_noise import NoiseSession
+from fabric.net.libp2p_session import FabricSession
 from fabric.net.yamux import StreamState, YamuxSession
 
 YAMUX_PROTOCOL = TProtocol("/yamux/1.0.0")
@@ -181,7 +181,7 @@ class FabricMuxer(IMuxedConn):
         peer_id: ID,
         limits: MuxerLimits,
     ) -> None:
-        assert isinstance(conn, NoiseSession)
+        assert isinstance(conn, FabricSession)
         self.peer_id = peer_id
         self.limits = limits
         self.session = YamuxSession(
@@ -206,7 +206,7 @@ class FabricMuxer(IMuxedConn):
 
     @property
     def channel_binding(self) -> bytes:
-        """The Noise handshake hash of this connection."""
+        """32 bytes that both ends of this connection, and no other, share."""
         return self.secured_conn.channel_binding
 
     async def start(self) -> None:

@@ -22,9 +22,10 @@ from libp2p.security.noise.transport import Transport
 from libp2p.security.secure_session import SecureSession
 from noise.connection import NoiseConnection
 from noise.exceptions import NoiseInvalidMessage
+from typing_extensions import override
 
-READ_BYTES = 256 * 1024
-"""One socket read: four full Noise messages."""
+from fabric.net.libp2p_session import READ_BYTES, FabricSession
+
 MAX_PLAINTEXT_BYTES = 65535 - 16
 """A Noise message without its authentication tag."""
 
@@ -37,7 +38,7 @@ class _BoundPattern(PatternXX):
         return self.state
 
 
-class NoiseSession(SecureSession):
+class NoiseSession(FabricSession):
     """An authenticated, encrypted connection after the handshake."""
 
     def __init__(
@@ -55,13 +56,14 @@ class NoiseSession(SecureSession):
         self._state = state
         self._cipher = b""
         self._offset = 0
-        self._plain = b""
 
     @property
+    @override
     def channel_binding(self) -> bytes:
         """32 bytes that the two ends of this connection, and no other, share."""
         return bytes(self._state.get_handshake_hash())
 
+    @override
     async def read_message(self) -> bytes:
         """Return the next plaintext (at most 65,519 B), or b"" at the end.
 
@@ -69,8 +71,7 @@ class NoiseSession(SecureSession):
             IOException: the connection broke, or a message was forged.
         """
         if self._plain:
-            plain, self._plain = self._plain, b""
-            return plain
+            return self._leftover()
         while (message := self._next_cipher()) is None:
             data = await self._connection.read(READ_BYTES)
             if not data:
@@ -93,20 +94,6 @@ class NoiseSession(SecureSession):
             return None
         self._offset = end
         return self._cipher[start:end]
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Return exactly ``n`` bytes, fewer at the end; without ``n`` one message."""
-        if n is None:
-            return await self.read_message()
-        parts = bytearray()
-        while len(parts) < n:
-            message = await self.read_message()
-            if not message:
-                break
-            need = n - len(parts)
-            parts += message[:need]
-            self._plain = message[need:]
-        return bytes(parts)
 
     async def write(self, data: bytes) -> None:
         """Encrypt and send ``data`` in as few messages as fit it, with one send."""
