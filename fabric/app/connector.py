@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from typing import Protocol
 
 import trio
 
+from fabric.app.known_addrs import answered
 from fabric.app.peer_book import PeerBook
 from fabric.core.errors import FabricError, PeerTimeout, RemoteRefused
 from fabric.core.ids import PeerId, short
 from fabric.net.data_plane import DataPlane
 from fabric.net.host import Host
 from fabric.net.ports import PathKind
+from fabric.net.traversal_api import ConnectionInfo
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 """How soon a new member or a lost connection is noticed."""
+
+Rank = Callable[[PeerId, Sequence[str]], Sequence[str]]
+"""Returns those of a peer's multiaddrs worth a dial from where we are, best first."""
+Connections = Callable[[PeerId], Sequence[ConnectionInfo]]
+"""Returns the live control connections with a peer."""
+
+
+def as_known(peer: PeerId, addrs: Sequence[str]) -> Sequence[str]:
+    """Return ``addrs`` in the order of the peer book."""
+    return addrs
+
+
+def no_connections(peer: PeerId) -> Sequence[ConnectionInfo]:
+    """Return none: for a host that does not tell which address answered."""
+    return ()
 
 
 class Admission(Protocol):
@@ -40,10 +65,13 @@ class RedialingConnector:
     killed process differs from one that is cut off or slow.
     """
 
-    def __init__(self, host: Host, plane: DataPlane, book: PeerBook) -> None:
+    def __init__(
+        self, host: Host, plane: DataPlane, book: PeerBook, rank: Rank = as_known
+    ) -> None:
         self._host = host
         self._plane = plane
         self._book = book
+        self._rank = rank
 
     async def connect(
         self, peer: PeerId, kinds: Collection[PathKind]
@@ -56,7 +84,7 @@ class RedialingConnector:
         """
         contact = self._book.contacts.get(peer)
         if contact is not None and peer not in self._host.connected():
-            await self._host.connect(peer, contact.addrs)
+            await self._host.connect(peer, ranked(self._rank, peer, contact.addrs))
         return await self._plane.connect(peer, kinds)
 
 
@@ -72,6 +100,8 @@ class MemberConnector:
         greet: Brings that connection up.
         blocked: Peers that must not be dialled.
         timeout_seconds: One dial and admission.
+        rank: Which addresses to dial first.
+        connections: Tells which address answered.
     """
 
     def __init__(
@@ -85,6 +115,8 @@ class MemberConnector:
         blocked: Callable[[], frozenset[PeerId]],
         *,
         timeout_seconds: float,
+        rank: Rank = as_known,
+        connections: Connections = no_connections,
     ) -> None:
         self._host = host
         self._admission = admission
@@ -94,6 +126,9 @@ class MemberConnector:
         self._greet = greet
         self._blocked = blocked
         self._timeout = timeout_seconds
+        self._rank = rank
+        self._connections = connections
+        self._wake = trio.Event()
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -102,30 +137,47 @@ class MemberConnector:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                self._book.learn(self._members())
+                self._book.learn(self._members(), source="record", wall=time.time())
                 settled = self._ready() | self._blocked()
                 for peer in self._book.due(trio.current_time(), settled):
                     # bounded by the book's max_dials
                     nursery.start_soon(self._meet, peer)
-                await trio.sleep(TICK_SECONDS)
+                with trio.move_on_after(TICK_SECONDS):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+
+    def retry_now(self) -> None:
+        """Dial everybody who is missing at once: our network changed."""
+        self._book.retry_now()
+        self._wake.set()
 
     async def _meet(self, peer: PeerId) -> None:
         """Dial and attest; the book learns how it went."""
+        addrs = self._book.contacts[peer].addrs
+        dialled = peer not in self._host.connected()
         try:
             with trio.fail_after(self._timeout):
-                await self.meet(peer, self._book.contacts[peer].addrs)
+                await self.meet(peer, addrs)
         except trio.TooSlowError:
             error: FabricError = PeerTimeout(
                 f"no answer within {self._timeout:g} s",
                 next_step=f"see `fabric why {short(peer)}`",
             )
-            self._book.on_failure(peer, error, trio.current_time())
+            self._note_failure(peer, error, addrs if dialled else ())
         except FabricError as exc:
             if exc.code != self._last_code(peer):
                 log.info("meet.failed peer=%s code=%s", short(peer), exc.code)
-            self._book.on_failure(peer, exc, trio.current_time())
+            self._note_failure(peer, exc, addrs if dialled else ())
         else:
-            self._book.on_success(peer)
+            worked = answered(addrs, self._connections(peer)) if dialled else ()
+            self._book.on_success(peer, worked, wall=time.time())
+
+    def _note_failure(
+        self, peer: PeerId, error: FabricError, dialled: Sequence[str]
+    ) -> None:
+        # connected but not admitted: the addresses did nothing wrong
+        failed = () if peer in self._host.connected() else dialled
+        self._book.on_failure(peer, error, trio.current_time(), failed)
 
     async def meet(self, peer: PeerId, addrs: Iterable[str]) -> None:
         """Have connections with ``peer`` and be admitted both ways.
@@ -134,7 +186,7 @@ class MemberConnector:
             FabricError: why not.
         """
         if peer not in self._host.connected():
-            await self._host.connect(peer, tuple(addrs))
+            await self._host.connect(peer, ranked(self._rank, peer, tuple(addrs)))
         await self._admission.ensure(peer)
         try:
             await self._greet(peer)
@@ -146,3 +198,11 @@ class MemberConnector:
     def _last_code(self, peer: PeerId) -> str:
         contact = self._book.contacts.get(peer)
         return contact.last_error.code if contact and contact.last_error else ""
+
+
+def ranked(rank: Rank, peer: PeerId, addrs: Sequence[str]) -> Sequence[str]:
+    """Return what ``rank`` makes of ``addrs``; all of them if it finds none good.
+
+    A wrong guess about another site's addresses must not make a peer unreachable.
+    """
+    return tuple(rank(peer, addrs)) or addrs
