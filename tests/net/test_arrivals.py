@@ -1,0 +1,82 @@
+"""What arrives at the data plane without an offer: observation, punched sockets."""
+
+import socket
+
+import pytest
+import trio
+
+from fabric.core.framing import FrameReader
+from fabric.core.telemetry import Counters
+from fabric.net.arrivals import Arrivals
+from fabric.net.data_config import DataConfig
+from fabric.net.offers import OBSERVE_LABEL
+
+
+class Desk:
+    """Knows one label; keeps what it is given."""
+
+    def __init__(self):
+        self.taken = []
+
+    def redeem(self, label):
+        return label
+
+    async def take(self, offer, sock, kind):
+        self.taken.append((offer, kind))
+        sock.close()
+
+
+@pytest.fixture
+async def arrivals():
+    async with trio.open_nursery() as nursery:
+        made = Arrivals(DataConfig(), Desk(), Counters())
+        bound = trio.Event()
+        nursery.start_soon(made.listen, bound.set)
+        with trio.fail_after(5):
+            await bound.wait()
+            yield made
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_observer_says_where_a_connection_comes_from(arrivals):
+    stream = await trio.open_tcp_stream(*arrivals.bound)
+    await stream.send_all(OBSERVE_LABEL)
+    reader = FrameReader(max_bytes=100)
+    frames = []
+    while not frames:
+        frames = list(reader.feed(await stream.receive_some()))
+    host, port = stream.socket.getsockname()
+    assert frames[0].decode() == f"{host}:{port}"
+    assert arrivals.observed == 1
+    await stream.aclose()
+    while arrivals.observed:
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("kind", ["punched", "relay"])
+async def test_a_socket_that_others_brought_is_served_by_its_label(arrivals, kind):
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    ours.sendall(b"l" * 16)
+    await arrivals.serve(theirs, kind, 1.0)
+    assert arrivals._desk.taken == [(b"l" * 16, kind)]
+    ours.close()
+
+
+async def test_a_relayed_connection_cannot_be_observed(arrivals):
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    ours.sendall(OBSERVE_LABEL)
+    await arrivals.serve(theirs, "relay", 1.0)
+    assert ours.recv(1) == b""
+    assert arrivals._counters.snapshot()["protocol_errors_total:data"] == 1
+    ours.close()
+
+
+async def test_a_spare_that_stays_silent_ends_at_its_own_deadline(arrivals):
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    await arrivals.serve(theirs, "punched", 0.01)
+    assert ours.recv(1) == b""
+    assert arrivals.pending == 0
+    ours.close()
