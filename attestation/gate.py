@@ -18,8 +18,23 @@ from fabric.net.ports import ALLOWED, PROTOCOL_ATTEST, Decision
 E_REVOKED = "E_REVOKED"
 E_QUARANTINED = "E_QUARANTINED"
 
-OPEN_PROTOCOLS = frozenset({PROTOCOL_ATTEST})
-"""Open to everyone; identify and relay are below this gate."""
+OPEN_PROTOCOLS = frozenset(
+    {
+        PROTOCOL_ATTEST,
+        "/ipfs/id/1.0.0",
+        "/ipfs/ping/1.0.0",
+        "/libp2p/circuit/relay/0.2.0/hop",
+        "/libp2p/circuit/relay/0.2.0/stop",
+        "/libp2p/autonat/1.0.0",
+        "/libp2p/autonat/2/dial-request",
+        "/libp2p/autonat/2/dial-back",
+    }
+)
+"""Open to everyone: what a peer needs to become admitted from behind a NAT.
+
+Each of these bounds what a stranger gets. A relay gives strangers a small budget of
+their own, and what comes out of a circuit meets this gate again at its end.
+"""
 
 
 class MembershipGate:

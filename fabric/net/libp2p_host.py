@@ -16,7 +16,6 @@ import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.host.basic_host import BasicHost
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
@@ -24,24 +23,23 @@ from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
-from fabric.core.errors import (
-    PeerTimeout,
-    RemoteRefused,
-    Unavailable,
-)
+from fabric.core.errors import NoRoute, PeerTimeout, RemoteRefused, Unavailable
 from fabric.core.ids import PeerId, public_key_of, short
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import DROPPED, Counters
 from fabric.net.config import HostConfig
 from fabric.net.host import PeerConnected, PeerDisconnected, PeerEvent, StreamHandler
-from fabric.net.libp2p_dialer import dial
-from fabric.net.libp2p_inbound import OWN_PREFIX, InboundStreams
+from fabric.net.libp2p_announce import AnnouncingHost
+from fabric.net.libp2p_connections import Connections, is_live
+from fabric.net.libp2p_dialer import CIRCUIT, dial
+from fabric.net.libp2p_inbound import InboundStreams
 from fabric.net.libp2p_muxer import FabricMuxer
 from fabric.net.libp2p_stream import Libp2pStream, reset
 from fabric.net.libp2p_swarm import build
 from fabric.net.libp2p_transport import bind
 from fabric.net.ports import Gate
 from fabric.net.tasks import collapse_group
+from fabric.net.traversal_api import CircuitDialer, ConnectionInfo, ConnectionKind
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ _NEVER_SECONDS = 10**9
 
 
 class Libp2pHost:
-    """See :class:`fabric.net.host.Host`. Made by :func:`open_host`.
+    """See :class:`fabric.net.traversal_api.TraversalHost`. Made by :func:`open_host`.
 
     Attributes:
         basic: The py-libp2p host, for the adapters of this package only.
@@ -64,7 +62,7 @@ class Libp2pHost:
     def __init__(
         self,
         config: HostConfig,
-        basic: BasicHost,
+        basic: AnnouncingHost,
         swarm: Swarm,
         gate: Gate,
         counters: Counters,
@@ -78,8 +76,10 @@ class Libp2pHost:
         self._client = MultiselectClient()
         self._live: set[PeerId] = set()
         self._listeners: list[trio.MemorySendChannel[PeerEvent]] = []
-        inbound = InboundStreams(basic, gate, counters, config.negotiate_seconds)
-        swarm.set_stream_handler(inbound.serve)
+        self._links = Connections(swarm, config.upgrade_seconds)
+        self._circuit_dialer: CircuitDialer | None = None
+        self._inbound = InboundStreams(basic, gate, counters, config.negotiate_seconds)
+        swarm.set_stream_handler(self._inbound.serve)
         swarm.register_notifee(_Notifee(self))
 
     @property
@@ -91,12 +91,24 @@ class Libp2pHost:
         """Return the multiaddrs others can dial, each ending in ``/p2p/<peer id>``."""
         return tuple(str(addr) for addr in self.basic.get_addrs())
 
+    def listen_addrs(self) -> tuple[str, ...]:
+        """Return what we listen on, wildcards expanded, without ``/p2p/``."""
+        return tuple(str(addr) for addr in self.basic.get_transport_addrs())
+
+    def announce(self, addrs: Sequence[str]) -> None:
+        """Let ``addrs()`` and identify give these instead (each without our id).
+
+        None at all brings back what the configuration announces, or the listening ones.
+        """
+        chosen = addrs or self._config.announce
+        self.basic.announced = tuple(Multiaddr(addr) for addr in chosen)
+
     def connected(self) -> frozenset[PeerId]:
         """Return the peers with a live control connection."""
         return frozenset(
             PeerId(str(peer))
             for peer, connections in self._swarm.get_connections_map().items()
-            if any(_is_live(connection) for connection in connections)
+            if any(is_live(connection) for connection in connections)
         )
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
@@ -108,19 +120,56 @@ class Libp2pHost:
     async def connect(self, peer: PeerId, addrs: Sequence[str]) -> None:
         """Have a live connection with ``peer``; all ``addrs`` are tried at once.
 
+        Those through a relay start a little later, or when all others have failed.
+
         Raises:
             NoRoute: no address answered; the reason lists each address and its error.
             IntegrityError: something answered, but not as ``peer``.
         """
         public_key_of(peer)
-        if not self._connections(peer):
+        if not self._links.of(peer):
             await dial(
                 self._swarm,
                 peer,
                 addrs[: self._config.max_dials],
                 seconds=self._config.dial_seconds,
-                connected=lambda: bool(self._connections(peer)),
+                connected=lambda: bool(self._links.of(peer)),
+                circuit=lambda addr: self._dial_circuit(peer, addr),
             )
+
+    async def _dial_circuit(self, peer: PeerId, addr: str) -> INetConn:
+        relay_addr, _, target = addr.partition(CIRCUIT)
+        if target not in ("", f"/p2p/{peer}"):
+            raise ValueError("the circuit leads to another peer")
+        if self._circuit_dialer is None:
+            raise NoRoute("this peer does not use relays")
+        stream, info = await self._circuit_dialer(relay_addr, peer)
+        return await self._links.adopt(peer, stream, info)
+
+    def set_circuit_dialer(self, dial: CircuitDialer) -> None:
+        """Use ``dial`` for addresses that contain ``/p2p-circuit``."""
+        self._circuit_dialer = dial
+
+    async def adopt(
+        self, peer: PeerId, stream: trio.abc.Stream, info: ConnectionInfo
+    ) -> None:
+        """Have a connection with ``peer`` over ``stream``, which the host then owns.
+
+        Runs the security handshake (as initiator if ``info.outbound``) and the muxer.
+
+        Raises:
+            IntegrityError: the other end is not ``peer``; the stream is closed.
+            Unavailable: the stream broke or took too long.
+        """
+        await self._links.adopt(peer, stream, info)
+
+    def connections(self, peer: PeerId) -> tuple[ConnectionInfo, ...]:
+        """Return the live connections with ``peer``, best first."""
+        return tuple(self._links.info(found) for found in self._links.of(peer))
+
+    async def close_connections(self, peer: PeerId, kind: ConnectionKind) -> None:
+        """Close the connections of one kind with ``peer``."""
+        await self._links.close(peer, kind)
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
         """Open a stream on the live connection with ``peer``.
@@ -161,7 +210,7 @@ class Libp2pHost:
 
     async def _raw_stream(self, peer: PeerId) -> INetStream:
         broken = None
-        for connection in self._connections(peer):
+        for connection in self._links.of(peer):  # the best first
             try:
                 return await connection.new_stream()
             except BaseLibp2pError as exc:
@@ -171,12 +220,13 @@ class Libp2pHost:
         raise Unavailable(f"not connected with {short(peer)}", code="E_NOT_CONNECTED")
 
     def set_handler(self, protocol: str, handler: StreamHandler) -> None:
-        """Serve inbound streams of ``protocol``, which starts with ``/fabric/``.
+        """Serve inbound streams of ``protocol``, ours or libp2p's.
 
         The Gate is asked before the handler runs; a refusal resets the stream.
         """
-        if not protocol.startswith(OWN_PREFIX):
-            raise ValueError(f"{protocol!r} does not start with {OWN_PREFIX!r}")
+        if not protocol.startswith("/"):
+            raise ValueError(f"{protocol!r} does not start with '/'")
+        self._inbound.gate(protocol)
 
         async def serve(stream: INetStream) -> None:
             peer = PeerId(str(stream.muxed_conn.peer_id))
@@ -200,18 +250,13 @@ class Libp2pHost:
             Unavailable: not connected.
         """
         hashes = [
-            connection.muxed_conn.channel_binding
-            for connection in self._connections(peer)
+            connection.muxed_conn.channel_binding for connection in self._links.of(peer)
         ]
         if not hashes:
             raise Unavailable(
                 f"not connected with {short(peer)}", code="E_NOT_CONNECTED"
             )
         return min(hashes)
-
-    def _connections(self, peer: PeerId) -> list[INetConn]:
-        connections = self._swarm.get_connections(ID.from_base58(peer))
-        return [connection for connection in connections if _is_live(connection)]
 
     # connection events
 
@@ -223,7 +268,7 @@ class Libp2pHost:
 
     def note_disconnected(self, peer: PeerId, reason: str) -> None:
         """Tell listeners when the last connection with ``peer`` is gone."""
-        if peer in self._live and not self._connections(peer):
+        if peer in self._live and not self._links.of(peer):
             self._live.discard(peer)
             self._publish(PeerDisconnected(peer, reason))
 
@@ -273,10 +318,6 @@ class _Notifee(INotifee):
         pass
 
 
-def _is_live(connection: INetConn) -> bool:
-    return not (connection.is_closed or connection.muxed_conn.is_closed)
-
-
 @asynccontextmanager
 async def open_host(
     config: HostConfig, signer: Ed25519Signer, gate: Gate, counters: Counters
@@ -287,7 +328,7 @@ async def open_host(
         ConfigError: a listening address is malformed or taken.
     """
     listen, tcp = await bind(config.listen)
-    basic, swarm = build(config, signer.seed, tcp)
+    basic, swarm = build(config, signer.seed, tcp, counters)
     host = Libp2pHost(config, basic, swarm, gate, counters)
     with collapse_group():
         try:

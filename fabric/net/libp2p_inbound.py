@@ -26,7 +26,7 @@ from fabric.net.ports import Gate
 log = logging.getLogger(__name__)
 
 OWN_PREFIX = "/fabric/"
-"""Protocols with this prefix are ours: the Gate is asked before one is agreed on."""
+"""The Gate is asked about these, whoever serves them (Kademlia does by itself)."""
 MAX_PROPOSALS = 8
 """Protocols a peer may propose on one stream before it is reset."""
 
@@ -50,6 +50,12 @@ class InboundStreams:
         self._gate = gate
         self._counters = counters
         self._seconds = seconds
+        # those with handlers of ours; py-libp2p's own (identify, ping) are open to all
+        self._gated: set[str] = set()
+
+    def gate(self, protocol: str) -> None:
+        """Ask the Gate before ``protocol`` is agreed on."""
+        self._gated.add(protocol)
 
     async def serve(self, stream: INetStream) -> None:
         """Agree on a protocol and run its handler; no error leaves."""
@@ -99,7 +105,7 @@ class InboundStreams:
         return None
 
     def _admits(self, peer: PeerId, protocol: str) -> bool:
-        if not protocol.startswith(OWN_PREFIX):
+        if protocol not in self._gated and not protocol.startswith(OWN_PREFIX):
             return True
         decision = self._gate.allows(peer, protocol)
         if not decision.allowed:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.swarm import Swarm
@@ -14,21 +14,28 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from multiaddr import Multiaddr
 
+from fabric.core.signing import Ed25519Signer
+from fabric.core.telemetry import Counters
 from fabric.net.config import HostConfig
+from fabric.net.libp2p_announce import AnnouncingHost
 from fabric.net.libp2p_muxer import MuxerLimits
 from fabric.net.libp2p_noise import FabricNoise
+from fabric.net.libp2p_tls import TLS_PROTOCOL, FabricTls
 from fabric.net.libp2p_transport import FabricTcp, FabricUpgrader
 
 _NEVER_SECONDS = 1e9
 
 
-def build(config: HostConfig, seed: bytes, tcp: FabricTcp) -> tuple[BasicHost, Swarm]:
+def build(
+    config: HostConfig, seed: bytes, tcp: FabricTcp, counters: Counters | None = None
+) -> tuple[AnnouncingHost, Swarm]:
     """Return a host that does not run yet, and its swarm.
 
     Args:
         config: Limits and time-outs.
         seed: 32-byte private key of the identity.
         tcp: The transport, with the listening sockets bound.
+        counters: Where refused handshakes are counted.
     """
     _quiet()
     key_pair = create_new_key_pair(seed)
@@ -42,21 +49,27 @@ def build(config: HostConfig, seed: bytes, tcp: FabricTcp) -> tuple[BasicHost, S
         keepalive_seconds=config.keepalive_seconds,
         dead_after_seconds=config.dead_after_seconds,
     )
+    upgrader = FabricUpgrader(FabricNoise(key_pair), limits, config.negotiate_seconds)
+    # after Noise: the order of the offer is the order of adding
+    upgrader.security_multistream.add_transport(
+        TLS_PROTOCOL,
+        FabricTls(key_pair, Ed25519Signer(seed), time.time, counters or Counters()),
+    )
     swarm = Swarm(
         peer_id,
         peerstore,
-        FabricUpgrader(FabricNoise(key_pair), limits, config.negotiate_seconds),
+        upgrader,
         transports=[tcp],
         retry_config=RetryConfig(max_retries=0),
         connection_config=_connection_config(config),
     )
     swarm.auto_connector = _NoAutoConnector(swarm)
-    basic = BasicHost(
+    basic = AnnouncingHost(
         network=swarm,
         negotiate_timeout=config.negotiate_seconds,
-        announce_addrs=[Multiaddr(addr) for addr in config.announce] or None,
         disable_identify_address_discovery=True,
     )
+    basic.announced = tuple(Multiaddr(addr) for addr in config.announce)
     return basic, swarm
 
 

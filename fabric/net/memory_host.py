@@ -263,9 +263,9 @@ class MemoryHost:
             self._streams.get(peer, set()).discard(stream)
 
     def set_handler(self, protocol: str, handler: StreamHandler) -> None:
-        """Serve inbound streams of ``protocol``, which starts with ``/fabric/``."""
-        if not protocol.startswith("/fabric/"):
-            raise ValueError(f"{protocol!r} does not start with '/fabric/'")
+        """Serve inbound streams of ``protocol``, which starts with a slash."""
+        if not protocol.startswith("/"):
+            raise ValueError(f"{protocol!r} does not start with '/'")
         self._handlers[protocol] = handler
 
     async def disconnect(self, peer: PeerId) -> None:
