@@ -33,8 +33,10 @@ class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the data plane listens and how much it takes on."""
 
-    listen: str = "127.0.0.1:0"
-    """IP address and port; an unspecified address (0.0.0.0) listens on all."""
+    listen: str = ""
+    """IP address and port; an unspecified address (0.0.0.0) listens on all.
+
+    Empty takes the address of the control plane and any port."""
     advertise: tuple[str, ...] = ()
     """Addresses ("ip:port") to offer instead of those found out."""
     handshake_timeout_seconds: float = 10.0

@@ -226,11 +226,13 @@ def parse_address_untrusted(text: str) -> tuple[str, int]:
 def parse_listen(text: str) -> tuple[str, int]:
     """Return (IP, port) of the operator's ``listen`` setting; port 0 is any.
 
+    An empty one listens on loopback.
+
     Raises:
         ConfigError: not "ip:port".
     """
     try:
-        return parse_address_untrusted(text)
+        return parse_address_untrusted(text or "127.0.0.1:0")
     except RemoteProtocolError as exc:
         raise ConfigError(
             f"data.listen: {exc.reason}", next_step='use "IP:PORT", as in "0.0.0.0:0"'
