@@ -203,6 +203,9 @@ class MemberConnector:
 def ranked(rank: Rank, peer: PeerId, addrs: Sequence[str]) -> Sequence[str]:
     """Return what ``rank`` makes of ``addrs``; all of them if it finds none good.
 
-    A wrong guess about another site's addresses must not make a peer unreachable.
+    A wrong guess about another site's addresses must not make a peer unreachable, and
+    what stands behind a relay has no place to judge.
     """
-    return tuple(rank(peer, addrs)) or addrs
+    good = tuple(rank(peer, addrs))
+    circuits = [a for a in addrs if "/p2p-circuit" in a and a not in good]
+    return (*good, *circuits) or tuple(addrs)
