@@ -1,0 +1,1 @@
+"""Networks of namespaces with NAT gateways of each kind, and real daemons in them."""
