@@ -42,6 +42,13 @@ class TokenBucket:
         self._refill(now)
         return self._debt_seconds()
 
+    def available(self, now: float) -> float:
+        """Return how many bytes may pass at once now; negative while in debt."""
+        if math.isinf(self.rate_bytes_per_second):
+            return math.inf
+        self._refill(now)
+        return self._tokens
+
     def give_back(self, num_bytes: int) -> None:
         """Return tokens that were taken and not used."""
         self._tokens = min(self.burst_bytes, self._tokens + num_bytes)

@@ -75,3 +75,11 @@ def test_a_greedy_sender_gets_the_rate_within_a_percent(rate, size):
     for _ in range(1000):
         now += bucket.take(size, now)
     assert 1000 * size / now == pytest.approx(rate, rel=0.01)
+
+
+def test_what_may_pass_at_once_is_known():
+    bucket = TokenBucket(1000, 500)
+    assert bucket.available(0.0) == 500
+    bucket.take(600, 0.0)
+    assert bucket.available(0.05) == pytest.approx(-50)
+    assert TokenBucket(math.inf, 0).available(0.0) == math.inf
