@@ -34,6 +34,7 @@ from fabric.net.offers import (
     parse_listen,
 )
 from fabric.net.ports import PathKind
+from fabric.net.socket_options import set_liveness
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ MAX_OBSERVED = 128
 
 class Desk(Protocol):
     """Knows what labels mean; the data plane does."""
+
+    def claim(self, label: bytes, sock: socket.socket) -> bool:
+        """Take ``sock`` if ``label`` is not an offer's but a punch's nonce."""
+        ...
 
     def redeem(self, label: bytes) -> Offer:
         """Return and close the offer of ``label``.
@@ -93,6 +98,8 @@ class Arrivals:
                 code="E_LISTEN",
                 next_step="choose a free port in data.listen",
             ) from exc
+        for listener in listeners:  # what it accepts inherits these
+            set_liveness(listener.socket, patient=True)
         self.bound = (ip, listeners[0].socket.getsockname()[1])
         ready()
         await trio.serve_listeners(self._accepted, listeners)
@@ -138,8 +145,14 @@ class Arrivals:
         if label == OBSERVE_LABEL:
             await self._answer_observation(stream)
             return
-        offer = self._desk.redeem(label)
         sock = socket.socket(fileno=stream.socket.detach())
+        if kind == "direct" and self._desk.claim(label, sock):
+            return
+        try:
+            offer = self._desk.redeem(label)
+        except FabricError:
+            sock.close()
+            raise
         await self._desk.take(offer, sock, kind)
 
     async def _answer_observation(self, stream: trio.SocketStream) -> None:

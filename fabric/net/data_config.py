@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from fabric.net.budget_config import BudgetConfig
+
 
 class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits and times of the RPC connections; every limit is per connection."""
@@ -55,4 +57,5 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Accepted TCP connections that have not authenticated yet."""
     max_bulk_connections: int = 64
     """Inbound bulk connections, each with a thread."""
+    budget: BudgetConfig = BudgetConfig()
     rpc: RpcConfig = RpcConfig()

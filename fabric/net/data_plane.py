@@ -17,7 +17,6 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager
-from typing import Protocol
 
 import trio
 
@@ -34,12 +33,14 @@ from fabric.core.errors import (
     PeerTimeout,
     RemoteProtocolError,
     RemoteRefused,
+    ResourceExhausted,
     Unavailable,
 )
 from fabric.core.framing import FrameReader, encode_frame
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Signer
 from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.net.acceptors import Acceptor, AcceptRpc, RpcAcceptor
 from fabric.net.arrivals import Arrivals
 from fabric.net.data_config import DataConfig
 from fabric.net.host import Host
@@ -48,6 +49,7 @@ from fabric.net.offers import (
     MAX_ADDRESSES,
     OFFER_REPLY,
     OFFER_REQUEST,
+    ForJob,
     ForRpc,
     Offer,
     OfferGranted,
@@ -58,6 +60,7 @@ from fabric.net.offers import (
     format_address,
     ip_of_multiaddr,
 )
+from fabric.net.pacing import SocketRegistry
 from fabric.net.path_race import (
     RELAY_AFTER_SECONDS,
     RPC_RELAY_AFTER_SECONDS,
@@ -71,39 +74,11 @@ from fabric.net.ports import (
     PathKind,
     PathProvider,
 )
-from fabric.net.rpc_acceptor import AcceptRpc, RpcAcceptor
 from fabric.net.tasks import collapse_group
 from fabric.net.tcp_dial import send_all
 from fabric.net.tls_stream import secure
 
 logger = logging.getLogger(__name__)
-
-
-class Acceptor(Protocol):
-    """Decides about offers of one purpose, and takes their connections."""
-
-    def admit_untrusted(
-        self, peer: PeerId, request: OfferRequest, now: float
-    ) -> tuple[bytes, Credentials | None]:
-        """Return the certificate to show, and its key if this process holds it.
-
-        Args:
-            peer: Authenticated by the control stream, allowed by the gate.
-            request: Its purpose is this acceptor's.
-            now: Unix seconds, for the certificate.
-
-        Raises:
-            FabricError: refused; the dialler learns code, reason and next step.
-        """
-        ...
-
-    async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
-        """Own ``sock``, blocking and before TLS; may last as long as the connection.
-
-        Raises:
-            FabricError: the connection came to nothing; ``sock`` is closed.
-        """
-        ...
 
 
 @asynccontextmanager
@@ -125,13 +100,18 @@ async def open_data_plane(
     plane = DataPlane(config, signer, host, gate, counters)
     with collapse_group():
         async with trio.open_nursery() as nursery:
+            await nursery.start(plane.registry.run)
             await nursery.start(plane.run)
             yield plane
             nursery.cancel_scope.cancel()
 
 
 class DataPlane:
-    """Opens and accepts connections; also the RPC service's ``Connector``."""
+    """Opens and accepts connections; also the RPC service's ``Connector``.
+
+    Attributes:
+        registry: Every socket that is open: its budget, its traffic, its end.
+    """
 
     def __init__(
         self,
@@ -156,6 +136,7 @@ class DataPlane:
         self._arrivals = Arrivals(config, self, counters)
         self._provider: PathProvider | None = None
         self._mapped: tuple[str, ...] = ()
+        self.registry = SocketRegistry(config.budget)
         self._credentials = issue_identity_certificate(signer, time.time())
         self._issued = time.time()
 
@@ -265,6 +246,7 @@ class DataPlane:
                 nobody for this purpose now.
             RemoteRefused: the peer refuses us.
         """
+        self.registry.check(peer)
         with self._deadline(f"offer to {peer}"):
             reply = await self._ask(peer, OfferRequest(purpose, certificate))
         if isinstance(reply, OfferRefused):
@@ -281,6 +263,7 @@ class DataPlane:
                 kinds=kinds,
             )
             try:
+                self._enter(sock, peer, purpose, kind)
                 await send_all(trio.socket.from_stdlib_socket(sock), reply.label)
             except BaseException:
                 sock.close()
@@ -288,8 +271,9 @@ class DataPlane:
         return sock, reply, kind
 
     async def disconnect(self, peer: PeerId) -> None:
-        """Void the offers made to ``peer``: the gate's decision changed."""
+        """Void the offers made to ``peer`` and cut its sockets, workers' too."""
         self._offers.forget(peer)
+        self.registry.shut_down(peer)
         await trio.lowlevel.checkpoint()
 
     async def _ask(
@@ -325,6 +309,7 @@ class DataPlane:
 
     def _grant_untrusted(self, peer: PeerId, request: OfferRequest) -> OfferGranted:
         self._check_gate(peer, request.purpose)
+        self.registry.check(peer)
         acceptor = self._acceptors.get(type(request.purpose))
         if acceptor is None:
             raise Unavailable("nobody here serves this purpose", code="E_NO_SERVICE")
@@ -334,6 +319,13 @@ class DataPlane:
         self._offers.add(label, offer, trio.current_time())
         return OfferGranted(label, der, self.addresses())
 
+    def _enter(
+        self, sock: socket.socket, peer: PeerId, purpose: OfferPurpose, kind: PathKind
+    ) -> None:
+        """Pace and watch ``sock`` from now on; a worker's leaves this process."""
+        leaves = isinstance(purpose, ForJob)
+        self.registry.add(sock, peer, kind, leaves=leaves)
+
     def _check_gate(self, peer: PeerId, purpose: OfferPurpose) -> None:
         protocol = PROTOCOL_RPC if isinstance(purpose, ForRpc) else PROTOCOL_OFFER
         decision = self._gate.allows(peer, protocol)
@@ -342,6 +334,12 @@ class DataPlane:
                 decision.reason, code=decision.code, next_step=decision.next_step
             )
 
+    def claim(self, label: bytes, sock: socket.socket) -> bool:
+        """Take ``sock`` if ``label`` is the nonce of a punch that dials back."""
+        if label in self._offers or self._provider is None:
+            return False
+        return self._provider.claim(label, sock)
+
     def redeem(self, label: bytes) -> Offer:
         """Return and close the offer of ``label``; what changed since it counts."""
         offer = self._offers.redeem(label, trio.current_time())
@@ -349,7 +347,12 @@ class DataPlane:
         return offer
 
     async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
-        """Hand ``sock`` to the acceptor of the offer's purpose."""
+        """Hand ``sock`` to the acceptor of the offer's purpose, within the budget."""
+        try:
+            self._enter(sock, offer.peer, offer.purpose, kind)
+        except ResourceExhausted:
+            sock.close()
+            raise
         await self._acceptors[type(offer.purpose)].take(offer, sock, kind)
 
     @contextmanager

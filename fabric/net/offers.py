@@ -156,6 +156,9 @@ class OfferTable:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __contains__(self, label: bytes) -> bool:
+        return label in self._open
+
     def add(self, label: bytes, offer: Offer, now: float) -> None:
         """Open ``label`` for ``offer``.
 

@@ -86,6 +86,14 @@ class PathProvider(Protocol):
         """
         ...
 
+    def claim(self, label: bytes, sock: socket.socket) -> bool:
+        """Take an inbound ``sock`` whose first 16 bytes are the nonce of a punch.
+
+        A peer whose NAT cannot be punched dials our public listener instead. Returns
+        whether it is one; only then ``sock`` is taken.
+        """
+        ...
+
     async def circuit(self, peer: PeerId) -> socket.socket:
         """Return one end of a socket pair whose bytes a relay carries to ``peer``.
 

@@ -8,6 +8,7 @@ import trio
 
 from fabric.core.errors import NoRoute, Unavailable
 from fabric.net.offers import format_address
+from fabric.net.socket_options import set_liveness
 
 
 async def connect_any(targets: list[tuple[str, int]]) -> trio.socket.SocketType:
@@ -24,6 +25,7 @@ async def connect_any(targets: list[tuple[str, int]]) -> trio.socket.SocketType:
         sock = trio.socket.socket(family, socket.SOCK_STREAM)
         try:
             await sock.connect((ip, port))
+            set_liveness(sock, patient=True)
             if not winner:
                 winner.append(sock)
                 scope.cancel()

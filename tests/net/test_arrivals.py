@@ -18,6 +18,13 @@ class Desk:
     def __init__(self):
         self.taken = []
 
+    def claim(self, label, sock):
+        if label != b"n" * 16:
+            return False
+        self.taken.append((label, "claimed"))
+        sock.close()
+        return True
+
     def redeem(self, label):
         return label
 
@@ -61,6 +68,14 @@ async def test_a_socket_that_others_brought_is_served_by_its_label(arrivals, kin
     await arrivals.serve(theirs, kind, 1.0)
     assert arrivals._desk.taken == [(b"l" * 16, kind)]
     ours.close()
+
+
+async def test_the_nonce_of_a_punch_is_claimed(arrivals):
+    stream = await trio.open_tcp_stream(*arrivals.bound)
+    await stream.send_all(b"n" * 16)
+    assert await stream.receive_some() == b""
+    assert arrivals._desk.taken == [(b"n" * 16, "claimed")]
+    await stream.aclose()
 
 
 async def test_a_relayed_connection_cannot_be_observed(arrivals):

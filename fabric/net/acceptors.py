@@ -1,9 +1,13 @@
-"""Inbound RPC connections: TLS in this process, under identity certificates."""
+"""Who decides about offers and takes their connections; RPC's acceptor is here.
+
+Inbound RPC speaks TLS in this process, under identity certificates.
+"""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import trio
 
@@ -17,6 +21,33 @@ from fabric.net.tls_stream import secure
 
 AcceptRpc = Callable[[PeerId, trio.abc.Stream, PathKind], Awaitable[None]]
 """Owns an inbound RPC stream; the kind says what carries it."""
+
+
+class Acceptor(Protocol):
+    """Decides about offers of one purpose, and takes their connections."""
+
+    def admit_untrusted(
+        self, peer: PeerId, request: OfferRequest, now: float
+    ) -> tuple[bytes, Credentials | None]:
+        """Return the certificate to show, and its key if this process holds it.
+
+        Args:
+            peer: Authenticated by the control stream, allowed by the gate.
+            request: Its purpose is this acceptor's.
+            now: Unix seconds, for the certificate.
+
+        Raises:
+            FabricError: refused; the dialler learns code, reason and next step.
+        """
+        ...
+
+    async def take(self, offer: Offer, sock: socket.socket, kind: PathKind) -> None:
+        """Own ``sock``, blocking and before TLS; may last as long as the connection.
+
+        Raises:
+            FabricError: the connection came to nothing; ``sock`` is closed.
+        """
+        ...
 
 
 class RpcAcceptor:
