@@ -1,4 +1,4 @@
-"""Verbs about the mesh: init, invite, join, leave, status, ping, why, down."""
+"""Verbs about the mesh: init, invite, join, leave, status, why, down."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import cyclopts
 
-from fabric.app.cli_output import show_json, show_table, show_text, talk
+from fabric.app.cli_output import (
+    mbit,
+    milliseconds,
+    show_json,
+    show_table,
+    show_text,
+    talk,
+)
 from fabric.app.client import connect
 from fabric.core.errors import ConfigError
 from fabric.core.ids import short
@@ -101,38 +108,22 @@ def status(*, home: Path | None = None, json: bool = False) -> None:
     mesh = f"{view.mesh_name} ({view.mesh[:8]})" if view.mesh else "no mesh"
     show_text(f"mesh {mesh}  {view.state}  you {view.name} {view.peer} {view.role}")
     show_table(
-        ("PEER", "NAME", "ROLE", "PATH", "RTT", "TRUST", "NOTE"),
+        ("PEER", "NAME", "ROLE", "PATH", "RTT", "UP", "DOWN", "TRUST", "NOTE"),
         (
             (
                 short(p.peer),
                 p.name,
                 p.role,
                 p.path if p.connected else "-",
-                f"{p.rtt_ms:.1f} ms" if p.rtt_ms is not None else None,
+                milliseconds(p.rtt_ms),
+                mbit(p.up_mbit),
+                mbit(p.down_mbit),
                 p.trust,
                 p.note,
             )
             for p in view.peers
         ),
     )
-
-
-def ping(
-    peer: str, *, count: int = 3, home: Path | None = None, json: bool = False
-) -> None:
-    """Measure round trips to a peer.
-
-    Args:
-        peer: Id, end of an id, or name.
-        count: Round trips.
-        home: Directory of the peer to talk to.
-        json: Print JSON, a line each.
-    """
-    for view in connect(home).ping(peer, count):
-        if json:
-            show_json(view)
-        else:
-            show_text(f"{short(view.peer)} {view.path} {view.rtt_ms:.2f} ms")
 
 
 def why(subject: str, *, home: Path | None = None, json: bool = False) -> None:
@@ -169,5 +160,5 @@ def add_to(app: cyclopts.App) -> None:
     mesh = cyclopts.App(name="mesh", help="Create a mesh.")
     mesh.command(name="init")(mesh_init)
     app.command(mesh)
-    for verb in (invite, join, leave, status, ping, why, down):
+    for verb in (invite, join, leave, status, why, down):
         app.command(verb)

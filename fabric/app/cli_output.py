@@ -34,6 +34,16 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     Console().print(table)
 
 
+def milliseconds(value: float | None) -> str | None:
+    """Return a round trip for a cell."""
+    return None if value is None else f"{value:.1f} ms"
+
+
+def mbit(value: float | None) -> str | None:
+    """Return a bandwidth for a cell."""
+    return None if value is None else f"{value:.3g} Mbit/s"
+
+
 def talk(text: str) -> None:
     """Print ``text`` for a person watching, on stderr."""
     sys.stderr.write(text + "\n")

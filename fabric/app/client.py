@@ -27,6 +27,7 @@ from fabric.app.home import Home
 from fabric.core.errors import FabricError, PeerTimeout, Unavailable
 from fabric.jobs.spec import CODEC, JobSpec, load_spec
 from fabric.jobs.spec import spec_of as spec_of_tree
+from nat.doctor_findings import Finding
 
 T = TypeVar("T")
 RECEIVE_BYTES = 1 << 16
@@ -175,9 +176,15 @@ class Client:
         """Return the content held here."""
         return list(self.items(m.ContentList(), m.ContentRow))
 
-    def ping(self, peer: str, count: int = 3) -> Iterator[m.PingView]:
-        """Yield ``count`` round trips to ``peer``."""
-        return self.items(m.Ping(peer, count), m.PingView)
+    def ping(
+        self, peer: str, count: int = 3, *, interval_seconds: float = 0.0
+    ) -> Iterator[m.PingView]:
+        """Yield ``count`` round trips to ``peer``, an interval apart."""
+        return self.items(m.Ping(peer, count, interval_seconds), m.PingView)
+
+    def doctor(self, peer: str = "") -> list[Finding]:
+        """Return what keeps peers from connecting, and the chain to ``peer``."""
+        return list(self.items(m.Doctor(peer), Finding))
 
     def partition(self, peers: tuple[str, ...]) -> None:
         """Refuse contact with ``peers``; an empty tuple heals."""

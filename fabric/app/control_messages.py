@@ -108,6 +108,16 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
     peer: Text
     count: int = 3
+    interval_seconds: float = 0.0
+
+
+class Doctor(msgspec.Struct, frozen=True, tag="doctor"):
+    """Say what keeps peers from connecting; with ``peer``, the whole chain to it.
+
+    Each item is a ``nat.doctor_findings.Finding``.
+    """
+
+    peer: Text = ""
 
 
 class Partition(msgspec.Struct, frozen=True, tag="partition"):
@@ -138,6 +148,7 @@ Request = (
     | ContentGet
     | ContentList
     | Ping
+    | Doctor
     | Partition
     | Down
 )
@@ -164,7 +175,17 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class PeerView(msgspec.Struct, frozen=True):
-    """One row of ``fabric status``."""
+    """One row of ``fabric status`` and ``fabric peers``.
+
+    Attributes:
+        path: Of the RPC connection: "direct", "punched" or "relay"; "-" without.
+        note: Code of the last error while not connected.
+        up_mbit: Measured towards the peer, or None.
+        down_mbit: Measured from the peer, or None.
+        version: What it runs, as it says.
+        addrs: Where it was last known to be, best first.
+        control: The kinds of its control connections, best first.
+    """
 
     peer: str
     name: str
@@ -174,6 +195,11 @@ class PeerView(msgspec.Struct, frozen=True):
     rtt_ms: float | None
     trust: str
     note: str = ""
+    up_mbit: float | None = None
+    down_mbit: float | None = None
+    version: str = ""
+    addrs: tuple[str, ...] = ()
+    control: tuple[str, ...] = ()
 
 
 class StatusView(msgspec.Struct, frozen=True):
@@ -239,11 +265,21 @@ class ContentRow(msgspec.Struct, frozen=True):
 
 
 class PingView(msgspec.Struct, frozen=True):
-    """One round trip."""
+    """One round trip.
+
+    Attributes:
+        path: What carried it.
+        paths: The kinds of all live connections with the peer, best first.
+        before: The path before, when it changed since the last round trip.
+        before_ms: The round trip on that path.
+    """
 
     peer: str
     path: str
     rtt_ms: float
+    paths: tuple[str, ...] = ()
+    before: str = ""
+    before_ms: float | None = None
 
 
 Reply = Item | Done | Failed

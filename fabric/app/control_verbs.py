@@ -13,8 +13,9 @@ import trio
 
 from fabric.app import control_messages as m
 from fabric.app.checkpoint_flow import content_root
-from fabric.app.explain import explain_peer, path_of, peer_rows
-from fabric.app.session import ENDED, HELLO, Session
+from fabric.app.control_net import findings, ping
+from fabric.app.explain import explain_peer, peer_rows
+from fabric.app.session import ENDED, Session
 from fabric.core.errors import ConfigError, Unavailable
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.service import JobView
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from fabric.app.node import Node
 
 Results = AsyncGenerator[msgspec.Struct, None]
-PING_SECONDS = 10.0
-MAX_PINGS = 1000
 LOCAL_SECONDS = 3600.0
 """Longest time to copy local content; a person interrupts earlier."""
 EVENT_POLL_SECONDS = 0.2
@@ -48,7 +47,9 @@ class ControlVerbs:
             case m.JobEvents():
                 many = self._events(request)
             case m.Ping():
-                many = self._ping(request)
+                many = ping(self._session, request)
+            case m.Doctor():
+                many = findings(self._session, request.peer)
             case m.Jobs() | m.ContentList():
                 many = self._rows(request)
             case _:
@@ -71,7 +72,7 @@ class ControlVerbs:
             case m.Status():
                 return self._status()
             case m.Why():
-                return m.Lines(self._why(request.subject))
+                return m.Lines(await self._why(request.subject))
             case _:
                 return m.Line(await self._do(request))
 
@@ -166,22 +167,12 @@ class ControlVerbs:
     def _view(self, job: JobId) -> JobView:
         return next(v for v in self._session.jobs.jobs() if v.job == job)
 
-    async def _ping(self, request: m.Ping) -> Results:
-        session = self._session
-        peer = session.resolve(request.peer)
-        for _ in range(min(request.count, MAX_PINGS)):
-            started = trio.current_time()
-            with trio.fail_after(PING_SECONDS):
-                await session.rpc.call(peer, HELLO, b"")
-            rtt = (trio.current_time() - started) * 1000
-            yield m.PingView(peer, path_of(session, peer), rtt)
-
-    def _why(self, subject: str) -> tuple[str, ...]:
+    async def _why(self, subject: str) -> tuple[str, ...]:
         session = self._session
         try:
             job = self._job(subject)
         except Unavailable:
-            return explain_peer(session, session.resolve(subject))
+            return await explain_peer(session, session.resolve(subject))
         view = self._view(job)
         pause = session.jobs.why(job)
         lines = [f"job {view.name} is {view.state}, round {view.round}/{view.rounds}"]

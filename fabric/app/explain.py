@@ -6,42 +6,73 @@ import trio
 
 from attestation.states import State
 from fabric.app.control_messages import PeerView
+from fabric.app.diagnose import traversal_of
+from fabric.app.peer_facts import collect_peer
 from fabric.app.session import Session
 from fabric.core.ids import PeerId
-from fabric.net.ports import PROTOCOL_RPC
+from fabric.net.ports import LinkMeasurement
+from nat.doctor_facts import Facts, PeerFacts
+from nat.doctor_peer import diagnose_peer, why_not_better
+
+WHY_SECONDS = 5.0
+"""Bound of dialling a peer's addresses for an explanation."""
 
 
 def path_of(session: Session, peer: PeerId) -> str:
     """Return the kind of path in use with ``peer``, or "-"."""
     if peer not in session.rpc.connected():
         return "-"
-    return session.paths.kind(peer) or "direct"
+    return session.rpc.kind(peer) or "direct"
+
+
+def connection_kinds(session: Session, peer: PeerId) -> tuple[str, ...]:
+    """Return the kinds of all live connections with ``peer``, best first."""
+    kinds = [info.kind for info in session.host.connections(peer)]
+    if (rpc := session.rpc.kind(peer)) is not None:
+        kinds.insert(0, rpc)
+    order = ("local", "direct", "punched", "relay")
+    return tuple(kind for kind in order if kind in kinds)
 
 
 def peer_rows(session: Session) -> tuple[PeerView, ...]:
     """Return a row for each other member, by name."""
     members = session.store.members.all()
     known = session.store.authority.members() | set(members)
-    live = session.rpc.connected()
-    rows = []
-    for peer in known - {session.own}:
-        rtt = session.rpc.rtt_seconds(peer)
-        record = members.get(peer)
-        contact = session.book.contacts.get(peer)
-        error = contact.last_error if contact is not None else None
-        rows.append(
-            PeerView(
-                peer=peer,
-                name=record.name if record else "",
-                role=str(session.store.authority.role_of(peer) or "no member"),
-                connected=peer in live,
-                path=path_of(session, peer),
-                rtt_ms=None if rtt is None or peer not in live else rtt * 1000,
-                trust=_trust(session, peer),
-                note="" if peer in live or error is None else error.code,
-            )
-        )
+    rows = [_row(session, peer) for peer in known - {session.own}]
     return tuple(sorted(rows, key=lambda row: (row.name, row.peer)))
+
+
+def _row(session: Session, peer: PeerId) -> PeerView:
+    record = session.store.members.get(peer)
+    contact = session.book.contacts.get(peer)
+    error = contact.last_error if contact is not None else None
+    live = peer in session.rpc.connected()
+    rtt = session.rpc.rtt_seconds(peer) if live else None
+    nat = traversal_of(session)
+    link = nat.link(peer) if nat is not None else None
+    return PeerView(
+        peer=peer,
+        name=record.name if record else "",
+        role=str(session.store.authority.role_of(peer) or "no member"),
+        connected=live,
+        path=path_of(session, peer),
+        rtt_ms=None if rtt is None else rtt * 1000,
+        trust=_trust(session, peer),
+        note="" if live or error is None else error.code,
+        up_mbit=_mbit(link, up=True),
+        down_mbit=_mbit(link, up=False),
+        version=record.version if record else "",
+        addrs=contact.addrs if contact is not None else (),
+        control=connection_kinds(session, peer),
+    )
+
+
+def _mbit(link: LinkMeasurement | None, *, up: bool) -> float | None:
+    """Return Mbit/s one way; None when it was not measured."""
+    if link is None:
+        return None
+    rate = link.up_bytes_per_second if up else link.down_bytes_per_second
+    return round(rate * 8 / 1e6, 3) if rate else None
 
 
 def _trust(session: Session, peer: PeerId) -> str:
@@ -51,45 +82,42 @@ def _trust(session: Session, peer: PeerId) -> str:
     return str(standing.state.value)
 
 
-def explain_peer(session: Session, peer: PeerId) -> tuple[str, ...]:
-    """Return sentences: is it a member, may it connect, is it connected, why not."""
-    lines = [f"peer {peer}"]
-    members = session.store.members.all()
-    record = members.get(peer)
-    membership = session.store.authority.membership(peer)
-    role = session.store.authority.role_of(peer)
-    if membership.allowed:
-        lines.append(f"it is a member of {session.mesh.name} with role {role}")
-    else:
-        lines.append(f"it is no member: {membership.code}: {membership.reason}")
-    if record is not None:
-        lines.append(f"it calls itself {record.name}, version {record.version}")
-        lines.extend(f"it announces {addr}" for addr in record.addrs)
-    standing = session.standings.of(peer, trio.current_time())
-    lines.append(f"admission: {standing.state.value}: {standing.reason}")
-    decision = session.gate.allows(peer, PROTOCOL_RPC)
-    if not decision.allowed:
-        lines.append(f"refused: {decision.code}: {decision.reason}")
-        lines.append(f"next: {decision.next_step}")
-    rtt = session.rpc.rtt_seconds(peer)
-    if peer in session.rpc.connected():
-        took = "" if rtt is None else f", round trip {rtt * 1000:.1f} ms"
-        lines.append(f"connected: {path_of(session, peer)}{took}")
-    else:
-        lines.extend(_why_not_connected(session, peer))
+async def explain_peer(session: Session, peer: PeerId) -> tuple[str, ...]:
+    """Return sentences: is it a member, may it connect, is it connected, why not.
+
+    The last lines are those of the doctor's chain that are not as they should be.
+    """
+    lines = [f"peer {peer}", *_introduce(session, peer)]
+    nat = traversal_of(session)
+    with trio.move_on_after(WHY_SECONDS):
+        facts = await collect_peer(session, nat, peer)
+        own = Facts(reachability=None if nat is None else nat.reachability())
+        lines += _sentences(facts, own)
     return tuple(lines)
 
 
-def _why_not_connected(session: Session, peer: PeerId) -> list[str]:
-    contact = session.book.contacts.get(peer)
-    if contact is None or not contact.addrs:
-        return ["not connected: no address of it is known"]
-    lines = [f"not connected after {contact.failures} failed attempts in a row"]
-    if contact.last_error is not None:
-        error = contact.last_error
-        lines.append(f"last error {error.code}: {error.reason}")
-        if error.next_step:
-            lines.append(f"next: {error.next_step}")
-    wait = contact.retry_at - trio.current_time()
-    lines.append("dialling now" if contact.dialling else f"next dial in {wait:.1f} s")
+def _introduce(session: Session, peer: PeerId) -> list[str]:
+    lines = []
+    record = session.store.members.get(peer)
+    role = session.store.authority.role_of(peer)
+    if session.store.authority.membership(peer).allowed:
+        lines.append(f"it is a member of {session.mesh.name} with role {role}")
+    if record is not None:
+        lines.append(f"it calls itself {record.name}, version {record.version}")
+        lines.extend(f"it announces {addr}" for addr in record.addrs)
+    return lines
+
+
+def _sentences(peer: PeerFacts, own: Facts) -> list[str]:
+    lines = [f"admission: {peer.admission}: {peer.admission_reason}"]
+    if peer.connected:
+        took = "" if peer.rtt_seconds is None else f" {peer.rtt_seconds * 1000:.1f} ms"
+        lines.append(f"connected: {peer.path}{took}")
+        if why := why_not_better(peer, own.reachability):
+            lines.append(f"{peer.path}: {why}")
+    shown = ("fail",) if peer.connected else ("fail", "warn")
+    for finding in diagnose_peer(peer, own):
+        if finding.status in shown and finding.code != "E_NOT_MEASURED":
+            lines.append(f"{finding.name}: {finding.code}: {finding.detail}")
+            lines.append(f"next: {finding.next_step}")
     return lines

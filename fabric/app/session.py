@@ -35,6 +35,7 @@ from crdt_store.views import Hardware, MemberRecord
 from dht.blobs import BlobStore
 from dht.service import ContentService, open_content
 from fabric.app.checkpoint_flow import CheckpointFlow
+from fabric.app.clock import serve_clock
 from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector, RedialingConnector
 from fabric.app.home import Home
@@ -251,6 +252,7 @@ async def _open(
     rpc = await enter(open_rpc(config.data.rpc, own, connect, gate, counters))
     plane.serve_rpc(rpc.accept)
     rpc.register(HELLO, lambda peer, request: b"")
+    serve_clock(rpc)
     paths = WorkerPaths(plane)
     bulk = await enter(open_bulk_paths(plane))
     folder = node.home.data / "meshes" / membership.mesh.id[:16]

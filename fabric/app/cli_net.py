@@ -1,0 +1,142 @@
+"""Verbs about the network: doctor, ping, peers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cyclopts
+
+from fabric.app.cli_output import (
+    mbit,
+    milliseconds,
+    show_json,
+    show_table,
+    show_text,
+)
+from fabric.app.client import connect
+from fabric.app.control_messages import PingView
+from fabric.core.ids import short
+from nat.doctor_findings import Finding
+
+FAILED, NOT_CONNECTED = 1, 3
+"""Exit codes of ``fabric doctor``; 0 when nothing fails."""
+WATCH_SECONDS = 1.0
+WATCH_COUNT = 100_000
+
+
+def doctor(
+    *, peer: str | None = None, home: Path | None = None, json: bool = False
+) -> None:
+    """Say what keeps peers from connecting, line by line, with what to do about it.
+
+    Ends with 0 when no line fails, 1 when one does, 3 when --peer is not connected.
+
+    Args:
+        peer: Also the whole chain towards this peer: id, end of an id, or name.
+        home: Directory of the peer to talk to.
+        json: Print JSON, a line each.
+    """
+    findings = connect(home).doctor(peer or "")
+    for finding in findings:
+        if json:
+            show_json(finding)
+        else:
+            show_text(finding_text(finding))
+    if status := exit_status(findings):
+        raise SystemExit(status)
+
+
+def finding_text(finding: Finding) -> str:
+    """Return a finding for people: one line, and a second when there is a next step."""
+    line = f"{finding.status:4}  {finding.name:15} {finding.detail}"
+    if finding.status == "ok":
+        return line
+    return f"{line} ({finding.code})\n{'':6}{'':15} next: {finding.next_step}"
+
+
+def exit_status(findings: list[Finding]) -> int:
+    """Return the exit code of a diagnosis."""
+    failed = {finding.name for finding in findings if finding.status == "fail"}
+    if "peer.path" in failed:
+        return NOT_CONNECTED
+    return FAILED if failed else 0
+
+
+def ping(
+    peer: str,
+    *,
+    count: int = 3,
+    watch: bool = False,
+    home: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure round trips to a peer, and show each path and its upgrade.
+
+    Args:
+        peer: Id, end of an id, or name.
+        count: Round trips.
+        watch: One a second until interrupted.
+        home: Directory of the peer to talk to.
+        json: Print JSON, a line each.
+    """
+    views = connect(home).ping(
+        peer,
+        WATCH_COUNT if watch else count,
+        interval_seconds=WATCH_SECONDS if watch else 0.0,
+    )
+    for view in views:
+        if json:
+            show_json(view)
+        else:
+            show_text(ping_text(view))
+
+
+def ping_text(view: PingView) -> str:
+    """Return a round trip for people; a change of path shows both."""
+    now = f"{view.path} {_short(view.rtt_ms)}"
+    if view.before and view.before_ms is not None:
+        now = f"{view.before} {_short(view.before_ms)} -> {now}"
+    others = [kind for kind in view.paths if kind != view.path]
+    also = f"  (also {', '.join(others)})" if others else ""
+    return f"{short(view.peer)} {now}{also}"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.2f} ms"
+
+
+def peers(*, home: Path | None = None, json: bool = False) -> None:
+    """List the other members: paths, links, versions, addresses.
+
+    Args:
+        home: Directory of the peer to talk to.
+        json: Print JSON, a line each.
+    """
+    rows = connect(home).status().peers
+    if json:
+        for row in rows:
+            show_json(row)
+        return
+    show_table(
+        ("PEER", "NAME", "PATHS", "RTT", "UP", "DOWN", "VERSION", "ADDRESS", "NOTE"),
+        (
+            (
+                short(row.peer),
+                row.name,
+                ", ".join(row.control) or "-",
+                milliseconds(row.rtt_ms),
+                mbit(row.up_mbit),
+                mbit(row.down_mbit),
+                row.version,
+                row.addrs[0].rpartition("/p2p/")[0] if row.addrs else None,
+                row.note,
+            )
+            for row in rows
+        ),
+    )
+
+
+def add_to(app: cyclopts.App) -> None:
+    """Add these verbs to ``app``."""
+    for verb in (doctor, ping, peers):
+        app.command(verb)
