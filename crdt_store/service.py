@@ -26,6 +26,7 @@ from crdt_store.gossip_service import Gossip, topic_of
 from crdt_store.grants import GRANT_PREFIX, REDEMPTION_PREFIX, Mesh
 from crdt_store.intake_service import Intake
 from crdt_store.job_views import Assignments, Jobs
+from crdt_store.link_views import Links
 from crdt_store.membership import Membership
 from crdt_store.replica import Replica
 from crdt_store.storage import Promise, SqliteStorage, Storage, lock_data_folder
@@ -59,7 +60,7 @@ class Store:
         mesh: Name and root key.
         authority: Roles and membership at the present moment.
         admin: Invites, grants and revocations.
-        members, jobs, assignments, heads, placements, verdicts: The typed tables.
+        members, jobs, assignments, heads, placements, links, verdicts: Typed tables.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Store:
         self.assignments = Assignments(slots, put, watch, me)
         self.heads = Heads(slots, put, watch, me)
         self.placements = Placements(slots, put, watch, me)
+        self.links = Links(slots, put, watch, me)
         self.verdicts = Verdicts(
             slots,
             put,
