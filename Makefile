@@ -35,7 +35,7 @@ check: lint  ## The loop while you work: lint and the fast tests (under 90 s)
 test: $(STAMP)  ## Every test once, scenarios at reduced counts with fixed seeds (under 10 minutes)
 	$(BIN)/pytest -q -m "not gpu"
 
-soak: $(STAMP)  ## Full counts of one area: make soak AREA=state|net|train [SOAK_MINUTES=120]
+soak: $(STAMP)  ## Full counts of one area: make soak AREA=state|net|nat|ckpt|train [SOAK_MINUTES=120]
 	$(BIN)/python -m tests.soak $(AREA) --minutes $(or $(SOAK_MINUTES),120)
 
 bench-setup: $(STAMP)  ## Install the rivals that benchmarks compare with

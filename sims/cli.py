@@ -9,9 +9,11 @@ import cyclopts
 
 from fabric.app.cli_output import show_json, show_table, show_text, talk
 from fabric.core.errors import ConfigError, Unavailable
+from sims.lab.command import lab
 from sims.local import LocalMesh
 
 app = cyclopts.App(name="sim", help="Run many peers on this machine, and hurt them.")
+app.command(lab)
 
 Directory = Annotated[Path, cyclopts.Parameter(name="--dir")]
 DEFAULT_DIRECTORY = Path("fabric-sim")

@@ -42,6 +42,25 @@ class SimState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peers: tuple[SimPeer, ...]
 
 
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """How a daemon is started.
+
+    Attributes:
+        enter: Put before the command: what moves it into another network.
+        listen: Where its control plane listens.
+        settings: ``key=value`` for its configuration.
+    """
+
+    enter: tuple[str, ...] = ()
+    listen: str = "/ip4/127.0.0.1/tcp/0"
+    settings: tuple[str, ...] = ()
+
+
+def on_loopback(name: str) -> Launch:
+    """Start the daemon called ``name`` in this machine's own network."""
+    return Launch()
+
+
 def start_time_of(pid: int) -> int:
     """Return the start time of process ``pid`` in clock ticks; 0 if there is none."""
     try:
@@ -57,10 +76,14 @@ class LocalMesh:
 
     Args:
         directory: Holds everything; created by :meth:`start`.
+        launch: Says how the daemon of a name is started.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, launch: Callable[[str], Launch] = on_loopback
+    ) -> None:
         self.directory = directory.absolute()
+        self._launch = launch
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._peers: dict[str, SimPeer] = {}
         self.mesh = ""
@@ -134,9 +157,11 @@ class LocalMesh:
         root = self.directory / name
         home = Home.find(root)
         home.create()
-        flags = [part for text in settings for part in ("--set", text)]
-        argv = [sys.executable, "-m", "fabric.app.cli", "up", "--home", str(root)]
-        argv += ["--name", name, "--listen", "/ip4/127.0.0.1/tcp/0", *flags]
+        launch = self._launch(name)
+        texts = (*launch.settings, *settings)
+        flags = [part for text in texts for part in ("--set", text)]
+        argv = [*launch.enter, sys.executable, "-m", "fabric.app.cli", "up"]
+        argv += ["--home", str(root), "--name", name, "--listen", launch.listen, *flags]
         with home.log_file.open("ab") as log:
             child = subprocess.Popen(
                 argv,

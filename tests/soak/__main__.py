@@ -24,7 +24,13 @@ AREAS = {
     "state": ["tests/crdt_store", "tests/jobs", "tests/dht"],
     "net": ["tests/net", "tests/bulk", "tests/attestation"],
     "ckpt": ["tests/checkpoints"],
-    "train": ["tests/training", "tests/integration"],
+    "train": [
+        "tests/training",
+        "tests/integration/test_train.py",
+        "tests/integration/test_mesh.py",
+        "tests/integration/test_examples.py",
+    ],
+    "nat": ["tests/nat", "tests/sims/lab", "tests/integration/nat"],
 }
 
 
