@@ -18,6 +18,7 @@ from fabric.jobs.config import JobsConfig
 from fabric.net.config import GossipConfig, HostConfig, RoutingConfig
 from fabric.net.data_config import DataConfig
 from inference.config import InferenceConfig
+from nat.config import NatConfig
 from training.config import TrainConfig
 
 
@@ -30,8 +31,6 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Longest time for one dial and admission."""
     record_refresh_seconds: Annotated[float, msgspec.Meta(ge=60, le=86400)] = 21600.0
     """How often the membership record is written again (TTL 24 h)."""
-    relay_ok: bool = False
-    """Volunteer as a relay for others."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +44,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     gossip: GossipConfig = GossipConfig()
     routing: RoutingConfig = RoutingConfig()
     data: DataConfig = DataConfig()
+    nat: NatConfig = NatConfig()
     store: StoreConfig = StoreConfig()
     attestation: AttestationConfig = AttestationConfig()
     content: ContentConfig = ContentConfig()

@@ -7,6 +7,7 @@ found again by who only remembers it, and a router forgets what it mapped.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,12 @@ def save_ports(path: Path, ports: LastPorts) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(msgspec.json.encode(ports))
     temporary.replace(path)
+
+
+def port_of(addrs: Sequence[str]) -> int:
+    """Return the TCP port of the first multiaddr that has one, or 0."""
+    ports = (addr.split("/")[4] for addr in addrs if ip_of_multiaddr(addr))
+    return next((int(port) for port in ports), 0)
 
 
 def settle(

@@ -21,7 +21,8 @@ from fabric.app.membership_file import (
     save_membership,
     save_private,
 )
-from fabric.app.session import Session, open_session
+from fabric.app.session import Session
+from fabric.app.session_open import open_session
 from fabric.core.errors import ConfigError, FabricError, PeerTimeout
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
