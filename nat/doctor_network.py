@@ -5,6 +5,7 @@ from __future__ import annotations
 from nat.doctor_facts import Facts
 from nat.doctor_findings import (
     Finding,
+    counted,
     fail,
     listed,
     milliseconds,
@@ -31,7 +32,7 @@ def reachability(facts: Facts) -> Finding:
     return warn(
         name,
         "E_REACHABILITY_UNKNOWN",
-        f"unknown, {reach.num_observers} observers{said}",
+        f"unknown, {counted(reach.num_observers, 'observer')}{said}",
         "wait for two members outside this network, or start a public one",
     )
 
