@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fabric.core.ids import PeerId, short
+from fabric.core.ids import PeerId
 from nat.relay_config import RelayConfig
 from nat.relay_messages import UNLIMITED, Limit, Status
 from nat.relay_rates import ByteBudget, RequestRates
@@ -237,8 +237,3 @@ class RelayBook:
         """Count a refusal and return it."""
         self.refused[reason] += 1
         return Refusal(status, reason)
-
-    def describe(self, circuit: Circuit) -> str:
-        """Return one line about ``circuit`` for logs."""
-        up, down = circuit.carried
-        return f"{short(circuit.source)} -> {short(circuit.target)} {up} B / {down} B"
