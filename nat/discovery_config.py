@@ -20,6 +20,7 @@ class DiscoveryConfig(
         mdns: Announce this peer on the local network and look for members there.
         mdns_poll_seconds: How often our own addresses are compared with the announced
             ones.
+        mdns_interfaces: IP addresses of the interfaces to announce on; empty takes all.
         rendezvous: Register at rendezvous points and ask them for members.
         rendezvous_serve: Keep registrations for others.
         rendezvous_points: Points to register at; two islands that share one of
@@ -35,6 +36,7 @@ class DiscoveryConfig(
     bootstrap: Annotated[tuple[Bootstrap, ...], msgspec.Meta(max_length=32)] = ()
     mdns: bool = True
     mdns_poll_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 10.0
+    mdns_interfaces: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
     rendezvous: bool = True
     rendezvous_serve: bool = True
     rendezvous_points: Annotated[int, msgspec.Meta(ge=0, le=8)] = 3
