@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 Verdict = Literal["public", "private", "unknown"]
+Confidence = Literal["none", "low", "medium", "high"]
 MappingKind = Literal["none", "endpoint_independent", "per_destination", "unknown"]
 """RFC 4787 section 4.1; "none": no NAT in between."""
 
@@ -68,7 +69,7 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         verdict: Whether unsolicited connections from anywhere arrive.
-        confidence: 0 to 1.
+        confidence: By how many agree.
         mapping: What observers say about our one port.
         sequential: A per-destination mapping that counts ports up.
         external: Our address as the others see it, or "".
@@ -77,7 +78,7 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     verdict: Verdict = "unknown"
-    confidence: float = 0.0
+    confidence: Confidence = "none"
     mapping: MappingKind = "unknown"
     sequential: bool = False
     external: str = ""

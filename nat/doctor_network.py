@@ -24,7 +24,7 @@ def reachability(facts: Facts) -> Finding:
     if reach is None:
         return not_measured(name, "connect with public members: they dial back")
     said = f" ({reach.reason})" if reach.reason else ""
-    sure = f"confidence {reach.confidence:.0%}"
+    sure = f"{reach.confidence} confidence"
     if reach.verdict == "public":
         return ok(name, f"public at {reach.external or 'all addresses'}, {sure}{said}")
     if reach.verdict == "private":

@@ -26,14 +26,14 @@ from nat.doctor_peer import why_not_better
 CONTROL = "/ip4/192.168.1.7/tcp/4001"
 SYMMETRIC = Reachability(
     verdict="private",
-    confidence=0.9,
+    confidence="high",
     mapping="per_destination",
     external="203.0.113.9",
     num_observers=3,
 )
 CONE = Reachability(
     verdict="private",
-    confidence=0.9,
+    confidence="high",
     mapping="endpoint_independent",
     external="203.0.113.9:4001",
     num_observers=3,
@@ -85,7 +85,7 @@ ok    listen          control /ip4/192.168.1.7/tcp/4001; data 192.168.1.7:4002
 ok    firewall        2 own ports dialled: all answer; packet filter rules exist
 ok    udp             a peer's machine answers UDP
 ok    ipv6            2a00::7
-ok    reachability    private, confidence 90%: others reach us by punching or relay
+ok    reachability    private, high confidence: others reach us by punching or relay
 ok    nat             one mapping for all destinations at 203.0.113.9:4001: \
 punching works
 ok    port-mapping    203.0.113.9:4001 by upnp
@@ -207,7 +207,7 @@ def changed(**facts):
 REFUSED = Dialled("192.168.1.7:4001", "connection refused")
 GOOD = Dialled("192.168.1.7:4002")
 LISTENING = {"control": (CONTROL,), "data": ("192.168.1.7:4002",)}
-PUBLIC = Reachability(verdict="public", confidence=0.97, mapping="none", external="a")
+PUBLIC = Reachability(verdict="public", confidence="high", mapping="none", external="a")
 
 
 def case(name, status, code, words, **facts):

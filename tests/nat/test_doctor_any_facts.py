@@ -39,7 +39,7 @@ def tuples(strategy):
 reachability = st.builds(
     Reachability,
     verdict=st.sampled_from(["public", "private", "unknown"]),
-    confidence=st.floats(0, 1),
+    confidence=st.sampled_from(["none", "low", "medium", "high"]),
     mapping=st.sampled_from(
         ["none", "endpoint_independent", "per_destination", "unknown"]
     ),
