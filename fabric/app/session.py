@@ -134,12 +134,10 @@ class Session:
             Unavailable: none, or several.
         """
         members = self.store.members.all()
-        found = {
-            peer
-            for peer in self.store.authority.members() | set(members)
-            if peer.endswith(subject)
-            or (peer in members and members[peer].name == subject)
-        }
+        known = self.store.authority.members() | set(members)
+        # a short name may end somebody's id by chance
+        found = {peer for peer, record in members.items() if record.name == subject}
+        found = found or {peer for peer in known if peer.endswith(subject)}
         if len(found) != 1:
             raise Unavailable(
                 f"{len(found)} members match {subject!r}",
