@@ -110,6 +110,11 @@ class PeerBook:
                 at = soonest if source in HINTS else 0.0
                 contact.retry_at = min(contact.retry_at, at)
 
+    def addrs_of(self, peer: PeerId) -> tuple[str, ...]:
+        """Return the multiaddrs of ``peer`` worth a dial, best first."""
+        contact = self.contacts.get(peer)
+        return () if contact is None else contact.addrs
+
     def recall(self, remembered: Mapping[PeerId, Iterable[KnownAddr]]) -> None:
         """Take in what an earlier run of this peer knew."""
         for peer, known in remembered.items():

@@ -9,6 +9,7 @@ from fabric.app.peer_book import PeerBook
 from fabric.core.errors import NoRoute, RemoteRefused
 from fabric.core.ids import PeerId
 from fabric.net.ports import ALL_PATHS
+from fabric.net.traversal_api import ConnectionInfo
 
 PEER, ADDR = PeerId("peer"), "/ip4/127.0.0.1/tcp/1/p2p/peer"
 
@@ -25,6 +26,7 @@ class World:
 
     async def connect(self, peer, addrs):
         self.did.append("dial")
+        self.dialled = list(addrs)
         if not self.up:
             raise NoRoute("refused")
         self.live.add(peer)
@@ -43,16 +45,20 @@ class World:
         if not self.knows_us:
             raise RemoteRefused("not served to us", code="E_PROTOCOL_REFUSED")
 
-    def connector(self):
+    def connections(self, peer):
+        return [ConnectionInfo(kind="direct", outbound=True, remote="127.0.0.1:2")]
+
+    def connector(self, book=None, members=dict, **options):
         return MemberConnector(
             self,
             self,
-            PeerBook(PeerId("me")),
-            dict,
-            ready=frozenset,
+            book or PeerBook(PeerId("me")),
+            members,
+            ready=lambda: frozenset(self.live),
             greet=self.greet,
             blocked=frozenset,
             timeout_seconds=5,
+            **options,
         )
 
 
@@ -91,3 +97,67 @@ async def test_rpc_dials_a_known_peer_first_and_says_that_nobody_listens():
     world.up = False
     with pytest.raises(NoRoute):
         await connector.connect(PEER, ALL_PATHS)
+
+
+CIRCUIT = "/ip4/127.0.0.1/tcp/9/p2p/relay/p2p-circuit/p2p/peer"
+OTHER = "/ip4/127.0.0.1/tcp/2/p2p/peer"
+
+
+@pytest.mark.parametrize(
+    ("kept", "dialled"),
+    [
+        ([OTHER, ADDR], [OTHER, ADDR, CIRCUIT]),
+        ([OTHER], [OTHER, CIRCUIT]),
+        ([], [CIRCUIT]),
+    ],
+)
+async def test_ranked_addresses_are_dialled_and_circuits_always(kept, dialled):
+    world = World()
+    connector = world.connector(rank=lambda peer, addrs: kept)
+    await connector.meet(PEER, [ADDR, OTHER, CIRCUIT])
+    assert world.dialled == dialled
+
+
+async def test_a_rank_that_likes_nothing_does_not_cut_a_peer_off():
+    world = World()
+    await world.connector(rank=lambda peer, addrs: ()).meet(PEER, [ADDR])
+    assert world.dialled == [ADDR]
+
+
+async def test_the_address_that_answered_is_remembered(autojump_clock):
+    world, book = World(), PeerBook(PeerId("me"))
+    connector = world.connector(
+        book, lambda: {PEER: [ADDR, OTHER]}, connections=world.connections
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(connector.run)
+        await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+    successes = {k.addr: k.successes for k in book.contacts[PEER].known.all()}
+    assert successes == {ADDR: 0, OTHER: 1}
+    assert book.contacts[PEER].addrs[0] == OTHER
+
+
+async def test_a_refusal_is_not_held_against_the_address(autojump_clock):
+    world, book = World(knows_us=False, admits=False), PeerBook(PeerId("me"))
+    connector = world.connector(book, lambda: {PEER: [ADDR]})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(connector.run)
+        await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+    assert book.contacts[PEER].known.all()[0].failures == 0
+    assert book.contacts[PEER].last_error.code == "E_NOT_MEMBER"
+
+
+async def test_after_a_change_of_network_nobody_waits(autojump_clock):
+    world, book = World(up=False), PeerBook(PeerId("me"))
+    connector = world.connector(book, lambda: {PEER: [ADDR]})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(connector.run)
+        await trio.sleep(600)
+        assert book.contacts[PEER].retry_at > trio.current_time() + 1
+        world.up = True
+        connector.retry_now()
+        await trio.sleep(0.01)
+        assert world.live == {PEER}
+        nursery.cancel_scope.cancel()

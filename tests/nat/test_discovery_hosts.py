@@ -79,7 +79,7 @@ class Peer:
         )
         ports = DiscoveryPorts(
             candidates=lambda: order_points("ns", [self.points], opened.peer_id),
-            addrs_of=lambda peer: self.book.contacts[peer].addrs,
+            addrs_of=self.book.addrs_of,
             is_member=lambda peer: True,
             learn=lambda found: self.book.learn(found, source="rendezvous"),
         )
@@ -131,6 +131,25 @@ async def test_two_islands_with_one_common_point_find_each_other():
             await until(lambda: a.discovery.islands().unconnected == ())
             assert len(a.discovery.islands().found) == 3
             assert "no island" in a.discovery.islands().sentence
+
+
+async def test_two_members_that_both_moved_find_each_other(tmp_path):
+    """What each remembers of the other is dead; a common point knows better."""
+    one, two = Ed25519Signer.generate(), Ed25519Signer.generate()
+    async with host(one) as first, host(two) as second:
+        before = {h.peer_id: h.addrs() for h in (first, second)}
+    with trio.fail_after(SECONDS):
+        async with host() as point, host(one) as first, host(two) as second:
+            where, a, b = Peer(point), Peer(first), Peer(second)
+            assert first.addrs() != before[first.peer_id]
+            async with trio.open_nursery() as nursery:
+                await nursery.start(where.discovery.run)
+                for peer in (a, b):
+                    peer.book.learn(before, source="record")
+                    peer.use_point(where)
+                    await nursery.start(peer.run)
+                await until(lambda: reached(a, b) and reached(b, a))
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_point_that_is_a_member_finds_the_island_that_registers_with_it():
