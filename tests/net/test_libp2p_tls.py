@@ -117,16 +117,27 @@ async def sessions():
         yield made["one"], made["two"]
 
 
+async def all_of(session, size):
+    parts = bytearray()
+    while len(parts) < size:
+        parts += await session.read()
+    return bytes(parts)
+
+
 async def test_reads_are_exact_ordered_and_end_at_the_close():
     blob = bytes(range(256)) * 8192  # 2 MiB: many records
+    size = len(blob)
     async with sessions() as (one, two):
         with trio.fail_after(SECONDS):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(one.write, blob)
                 nursery.start_soon(two.write, blob)  # both ways at once
-                assert await two.read(5) == blob[:5]
-                assert await two.read(len(blob) - 5) == blob[5:]
-                assert await one.read(len(blob)) == blob
+                for sizes in ((5, 200_000), (1, 70_000)):
+                    head, rest = [await two.read(n) for n in sizes]
+                    assert head + rest == blob[: sum(sizes)]
+                    blob = blob[sum(sizes) :]
+                assert await all_of(two, len(blob)) == blob
+                assert len(await all_of(one, size)) == size
             await one.close()
             assert await two.read_message() == b""
             assert await two.read(7) == b""
