@@ -128,12 +128,14 @@ def _dependent(base: Mapping, seen: Sequence[str]) -> Mapping:
 
 
 def allocation_of(ports: Sequence[int]) -> tuple[Allocation, int]:
-    """Return how a NAT chose ``ports``, in the order of mapping, and its step."""
-    deltas = [after - before for before, after in pairwise(ports)]
-    steps = [delta for delta in deltas if 0 < abs(delta) <= MAX_STEP]
-    rising = sum(step > 0 for step in steps)
-    # one large jump is another client's, or the end of the NAT's range
-    if len(steps) * 2 <= len(deltas) or rising not in (0, len(steps)):
+    """Return how a NAT chose ``ports``, in any order, and its step.
+
+    Who answers first was not connected to first, so only the distances tell.
+    """
+    gaps = [after - before for before, after in pairwise(sorted(set(ports)))]
+    steps = [gap for gap in gaps if gap <= MAX_STEP]
+    # one large gap is the end of the NAT's range, or other clients' ports
+    if len(steps) * 2 <= len(gaps):
         return "random", 0
     return "sequential", sorted(steps)[len(steps) // 2]
 
