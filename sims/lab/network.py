@@ -116,6 +116,12 @@ class Network:
         """Return the site's address on the public network."""
         return public_address(self.topology.number(site), self._up(site))
 
+    def received_bytes(self, host: str) -> int:
+        """Return how much the host's device has received since it was made."""
+        argv = [*self.enter(host), "cat", "/sys/class/net/eth0/statistics/rx_bytes"]
+        done = subprocess.run(argv, capture_output=True, check=True)
+        return int(done.stdout)
+
     def renumber(self, site: str) -> None:
         """Give the site another public address; flows through the old one are dead."""
         old = self.public_address(site)

@@ -192,6 +192,15 @@ class TestChanges:
         _, _, (ip, _) = self.observed(wire, "home-0")
         assert ip == network.public_address("home")
 
+    def test_received_bytes(self, network, wire):
+        near, far, _ = self.observed(wire, "home-0")
+        before = network.received_bytes("public")
+        near.sendall(bytes(10_000))
+        received = 0
+        while received < 10_000:
+            received += len(far.recv(10_000))
+        assert 10_000 <= network.received_bytes("public") - before < 20_000
+
     def test_black_hole(self, network, wire):
         near, far, _ = self.observed(wire, "home-0")
         network.black_hole("public")
