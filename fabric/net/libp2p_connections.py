@@ -21,6 +21,7 @@ from multiaddr import Multiaddr
 from fabric.core.errors import IntegrityError, PeerTimeout, Unavailable
 from fabric.core.ids import PeerId, public_key_of, short
 from fabric.net.libp2p_dialer import is_mismatch
+from fabric.net.libp2p_guard import check_read
 from fabric.net.libp2p_muxer import FabricMuxer
 from fabric.net.offers import format_address
 from fabric.net.traversal_api import ConnectionInfo, ConnectionKind
@@ -40,6 +41,7 @@ class StreamConnection(IRawConnection):
         Raises:
             ConnectionClosedError: the stream broke.
         """
+        check_read(n)
         if n == 0:
             return b""
         try:

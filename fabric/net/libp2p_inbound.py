@@ -15,11 +15,11 @@ from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
-from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId, public_key_of, short
 from fabric.core.telemetry import BUGS, PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.net.libp2p_guard import BoundedCommunicator
 from fabric.net.libp2p_stream import reset
 from fabric.net.ports import Gate
 
@@ -89,7 +89,7 @@ class InboundStreams:
         """Return the handler of the first protocol we serve to ``peer``, or None."""
         public_key_of(peer)
         mux = self._basic.get_mux()
-        channel = MultiselectCommunicator(stream)
+        channel = BoundedCommunicator(stream)
         await mux.handshake(channel)
         for _ in range(MAX_PROPOSALS):
             name = await channel.read()

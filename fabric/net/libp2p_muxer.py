@@ -203,6 +203,7 @@ class FabricMuxer(IMuxedConn):
         self._scope = trio.CancelScope()
         self._closed = trio.Event()
         self._flushed = trio.Event()
+        self.ended = trio.Event()  # nothing runs any more, the socket is closed
 
     @property
     def channel_binding(self) -> bytes:
@@ -220,6 +221,7 @@ class FabricMuxer(IMuxedConn):
                     self.event_started.set()
         finally:
             self._end("the connection was closed")
+            self.ended.set()
             with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                 await self.secured_conn.close()
 

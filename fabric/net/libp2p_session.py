@@ -11,6 +11,8 @@ from abc import abstractmethod
 
 from libp2p.security.secure_session import SecureSession
 
+from fabric.net.libp2p_guard import check_read
+
 READ_BYTES = 256 * 1024
 """One socket read: four full Noise messages, sixteen full TLS records."""
 
@@ -42,6 +44,7 @@ class FabricSession(SecureSession):
         """Return exactly ``n`` bytes, fewer at the end; without ``n`` what arrived."""
         if n is None:
             return await self.read_message()
+        check_read(n)
         parts = bytearray()
         while len(parts) < n:
             message = await self.read_message()

@@ -18,6 +18,7 @@ from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
 from fabric.net.config import HostConfig
 from fabric.net.libp2p_announce import AnnouncingHost
+from fabric.net.libp2p_guard import FabricSwarm
 from fabric.net.libp2p_muxer import MuxerLimits
 from fabric.net.libp2p_noise import FabricNoise
 from fabric.net.libp2p_tls import TLS_PROTOCOL, FabricTls
@@ -55,13 +56,14 @@ def build(
         TLS_PROTOCOL,
         FabricTls(key_pair, Ed25519Signer(seed), time.time, counters or Counters()),
     )
-    swarm = Swarm(
+    swarm = FabricSwarm(
         peer_id,
         peerstore,
         upgrader,
         transports=[tcp],
         retry_config=RetryConfig(max_retries=0),
         connection_config=_connection_config(config),
+        counters=counters or Counters(),
     )
     swarm.auto_connector = _NoAutoConnector(swarm)
     basic = AnnouncingHost(

@@ -31,6 +31,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 from multiaddr.utils import get_thin_waist_addresses
 
 from fabric.core.errors import ConfigError
+from fabric.net.libp2p_guard import check_read
 from fabric.net.libp2p_muxer import YAMUX_PROTOCOL, FabricMuxer, MuxerLimits
 from fabric.net.libp2p_noise import FabricNoise
 from fabric.net.port_reuse import EPHEMERAL, Source, connect, listen_shared, source_for
@@ -47,6 +48,11 @@ class FabricTcpStream(TrioTCPStream):
         super().__init__(stream)
         # kept from the start: a socket that broke has none
         self._remote = _remote_of(stream)
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Return what has arrived, at most ``n`` bytes."""
+        check_read(n)
+        return bytes(await super().read(n))
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """Return address and port of the other end."""
