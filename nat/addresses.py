@@ -117,10 +117,12 @@ def public_ips(addresses: Iterable[str]) -> frozenset[str]:
     """Return the public IPs among ``addresses``."""
     found = (endpoint_of(address) for address in addresses)
     return frozenset(
-        str(end[0])
-        for end in found
-        if end is not None and classify(end[0]) is AddressClass.PUBLIC
+        str(end[0]) for end in found if end is not None and _is_public(end[0])
     )
+
+
+def _is_public(ip: str | Ip) -> bool:
+    return classify(ip) is AddressClass.PUBLIC
 
 
 def same_site(own: Collection[str], peers: Collection[str]) -> bool | None:
@@ -142,9 +144,10 @@ def rank_addresses(
         candidates: The peer's addresses, in its order of preference, which is kept
             among equals. The first MAX_CANDIDATES count.
         own_interfaces: Our addresses with prefix lengths ("192.168.1.7/24").
-        own_public_ips: Where others see us come from.
+        own_public_ips: Where others see us come from; private ones, which neighbours
+            see, tell nothing about sites and are left out.
         peer_public_ips: Where the peer is seen to come from; its public candidates
-            are added.
+            are added, private ones left out.
     """
     chosen = list(dict.fromkeys(candidates))[:MAX_CANDIDATES]
     site = _Site(chosen, own_interfaces, own_public_ips, peer_public_ips)
@@ -172,10 +175,10 @@ class _Site:
     ) -> None:
         self._own = [ipaddress.ip_interface(text) for text in own_interfaces]
         self._own_ips = {interface.ip for interface in self._own}
-        self._own_public = set(own_public_ips) | public_ips(
-            f"[{ip}]:1" for ip in self._own_ips
-        )
-        peers = set(peer_public_ips) | public_ips(candidates)
+        own = {*own_public_ips, *map(str, self._own_ips)}
+        self._own_public = {ip for ip in own if _is_public(ip)}
+        peers = {ip for ip in peer_public_ips if _is_public(ip)}
+        peers |= public_ips(candidates)
         self._same = same_site(self._own_public, peers)
         ends = [end[0] for end in map(endpoint_of, candidates) if end is not None]
         self._same_host = any(

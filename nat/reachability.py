@@ -32,6 +32,8 @@ from nat.reachability_config import ReachabilityConfig
 Status = Literal["public", "private", "unknown"]
 Confidence = Literal["none", "low", "medium", "high"]
 Source = Literal["announced", "mapped", "interface", "observed"]
+Filtering = Literal["address_dependent", "address_and_port_dependent", "unknown"]
+"""As :data:`nat.punch_facts.Filtering`; "address_dependent" may be more open still."""
 REACHABLE_BY_CONTACTED = "reachable_by_contacted"
 
 _REACH = [AddressClass.PUBLIC, AddressClass.CGNAT, AddressClass.PRIVATE]
@@ -240,6 +242,18 @@ def _confidence(agreeing: int) -> Confidence:
     if agreeing >= 3:
         return "high"
     return "medium" if agreeing == 2 else "low"
+
+
+def filtering_of(verdict: Reachability) -> Filtering:
+    """Return what the NAT lets in, judged from dial-backs to the observed address.
+
+    They come from servers that we contacted, from ports that we did not.
+    """
+    for each in verdict.reports:
+        if each.source == "observed" and each.reached != each.failed:
+            opened = each.reached > each.failed
+            return "address_dependent" if opened else "address_and_port_dependent"
+    return "unknown"
 
 
 def announced_addrs(

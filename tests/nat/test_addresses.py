@@ -102,6 +102,11 @@ def test_without_a_view_from_outside_private_addresses_are_tried_but_not_first()
     assert got == ("198.51.100.2:1", "10.9.0.4:1")
 
 
+def test_what_neighbours_see_of_us_says_nothing_about_sites():
+    got = order(["10.9.0.4:1", "198.51.100.2:1"], ours={"192.168.1.7"})
+    assert got == ("198.51.100.2:1", "10.9.0.4:1")
+
+
 def test_loopback_is_for_daemons_of_one_host():
     assert order(["127.0.0.1:1", "198.51.100.2:1"]) == ("198.51.100.2:1",)
     assert order(["127.0.0.1:1", "192.168.1.7:1"])[0] == "127.0.0.1:1"
@@ -130,6 +135,7 @@ interfaces = st.lists(ips.map(lambda ip: f"{ip}/24"), max_size=4)
 publics = st.sets(ips.map(str), max_size=3)
 
 
+@pytest.mark.slow
 @given(st.lists(addresses, max_size=80), interfaces, publics, publics)
 def test_every_candidate_is_judged_once_and_the_useless_come_last(
     candidates, own, ours, theirs

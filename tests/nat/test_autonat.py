@@ -124,6 +124,7 @@ def test_foreign_dials_have_a_limit_of_their_own():
     assert [target is not None for target in chosen] == [True, True, False, False]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.text(max_size=3), st.floats(0, 300)), max_size=200))
 def test_limits_hold_over_any_minute(requests):
     limits = RequestLimits(3, 10)
@@ -146,6 +147,7 @@ addr_texts = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.one_of(st.none(), addr_texts), max_size=8), st.ip_addresses().map(str)
 )

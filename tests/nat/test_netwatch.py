@@ -117,6 +117,7 @@ views = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(views, st.lists(views, max_size=6))
 def test_changes_add_up_to_the_last_view(first, later):
     watch = NetworkWatch()
@@ -179,6 +180,7 @@ def test_messages_of_the_kernel_are_read():
     ]
 
 
+@pytest.mark.slow
 @given(
     st.one_of(
         st.binary(max_size=300),

@@ -163,6 +163,7 @@ texts = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(texts, texts, st.integers(0, 40), texts), max_size=200),
     st.integers(0, 2**32),

@@ -11,6 +11,7 @@ from nat.reachability import (
     Reachability,
     announced_addrs,
     candidates,
+    filtering_of,
     judge,
     scope_of,
 )
@@ -92,6 +93,21 @@ def test_behind_a_nat_a_hole_that_we_made_does_not_make_us_public():
     assert got.status == "private"
     assert got.hint == REACHABLE_BY_CONTACTED
     assert got.addresses == ()
+
+
+@pytest.mark.parametrize(
+    ("answers", "filtering"),
+    [
+        ([True, True, False], "address_dependent"),
+        ([False, False], "address_and_port_dependent"),
+        ([None], "unknown"),
+        ([True, False], "unknown"),
+    ],
+)
+def test_dial_backs_to_the_observed_address_tell_the_filter(answers, filtering):
+    got = verdict(*answers, source="observed", mapping=NATTED)
+    assert filtering_of(got) == filtering
+    assert filtering_of(verdict(*answers)) == "unknown"
 
 
 def test_a_nat_without_a_mapped_port_is_private_whatever_servers_say():
