@@ -21,7 +21,9 @@ from sims.local import Launch, LocalMesh
 
 PUBLIC_LISTEN = "/ip4/0.0.0.0/tcp/443"
 """Where public hosts listen: the one port that every firewall lets out."""
-HOME_LISTEN = "/ip4/0.0.0.0/tcp/4001"
+HOME_PORT = 4001
+"""Of the first host behind a gateway; each other takes the next. With equal ports the
+gateway would have to translate one of them differently for each destination."""
 JOIN_USES = 200
 
 
@@ -126,7 +128,10 @@ class Lab:
         return self.mesh.log_tail(host, lines)
 
     def _launch(self, name: str) -> Launch:
-        usual = PUBLIC_LISTEN if name in self.public else HOME_LISTEN
+        site = self.network.topology.site_of(name)
+        usual = f"/ip4/0.0.0.0/tcp/{HOME_PORT + site.host_names.index(name)}"
+        if name in self.public:
+            usual = PUBLIC_LISTEN
         return Launch(
             enter=self.network.enter(name),
             listen=self._listen.get(name, usual),
