@@ -136,12 +136,26 @@ def _median(values: Iterable[float]) -> float | None:
 
 def _table_line(row: Row) -> str:
     if row.ratio is None:
-        return f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.skipped}"
+        return f"{row.case:32} {_number(row.ours)} {row.unit:10} {_cost(row)} {row.skipped}"
     return (
         f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.rival:16}"
         f" {_number(row.rival_value)}   {row.ratio:6.2f}x"
         f"   CPU 1/{(row.rival_cpu_seconds or 0.0) / (row.cpu_seconds or 1.0):.1f}"
+        f"  {_cost(row)}"
     )
+
+
+def _cost(row: Row) -> str:
+    """Return CPU per call or GB, and memory, of our processes."""
+    parts = []
+    if row.cpu_seconds:
+        small = row.cpu_seconds < 1e-2
+        parts.append(
+            f"{row.cpu_seconds * 1e6:.0f} us" if small else f"{row.cpu_seconds:.2f} s"
+        )
+    if row.peak_rss_bytes:
+        parts.append(f"{row.peak_rss_bytes / 2**20:.0f} MiB")
+    return ", ".join(parts)
 
 
 def _number(value: float | None) -> str:

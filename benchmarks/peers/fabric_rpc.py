@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Collection
 from typing import Annotated
 
 import msgspec
@@ -17,9 +18,10 @@ from fabric.core.codec import Codec
 from fabric.core.ids import PeerId
 from fabric.core.telemetry import Counters
 from fabric.net.data_config import RpcConfig
-from fabric.net.ports import ALLOWED, Decision
+from fabric.net.ports import ALLOWED, Decision, PathKind
 from fabric.net.rpc import open_rpc
 from fabric.net.rpc_api import MAX_RPC_BYTES, Rpc
+from fabric.net.socket_options import set_liveness
 from fabric.net.tls_stream import secure
 
 SERVER, CLIENT = PeerId("server"), PeerId("client")
@@ -55,12 +57,15 @@ class Dialler:
     def __init__(self, port: int, mine: Credentials, peer_der: bytes) -> None:
         self._port, self._mine, self._peer_der = port, mine, peer_der
 
-    async def connect(self, peer: PeerId) -> trio.abc.Stream:
+    async def connect(
+        self, peer: PeerId, kinds: Collection[PathKind]
+    ) -> tuple[trio.abc.Stream, PathKind]:
         """Return an authenticated stream."""
         raw = await trio.open_tcp_stream("127.0.0.1", self._port)
         sock = socket.socket(fileno=raw.socket.detach())
+        set_liveness(sock, patient=True)
         context = make_context(self._mine, self._peer_der, server=False)
-        return await secure(sock, context, self._peer_der, server=False)
+        return await secure(sock, context, self._peer_der, server=False), "direct"
 
 
 async def serve() -> None:
@@ -75,6 +80,7 @@ async def serve() -> None:
         raw = await listener.accept()
         context = make_context(mine, peer_der, server=True)
         sock = socket.socket(fileno=raw.socket.detach())
+        set_liveness(sock, patient=True)
         await rpc.accept(CLIENT, await secure(sock, context, peer_der, server=True))
         while await trio.to_thread.run_sync(read) is not None:
             write(usage())

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import msgspec
@@ -23,6 +23,7 @@ from fabric.net.ack_watch import AckWatch
 from fabric.net.budget_config import BudgetConfig
 from fabric.net.rate_book import RateBook, Use
 from fabric.net.socket_holders import Holders
+from fabric.net.socket_options import set_liveness
 from fabric.net.tcp_info import TcpInfo, is_tcp, set_pacing, tcp_info
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ class SocketRegistry:
             ResourceExhausted: E_BUDGET; the caller closes ``sock``.
         """
         self._book.check(peer)
+        set_liveness(sock, patient=True)  # looked at here, whoever made it
         handle = SocketHandle(self, sock, peer, kind)
         if leaves:
             handle.copy = sock.dup()
@@ -158,6 +160,21 @@ class SocketRegistry:
                 if sock is not None:
                     cut += 1
                     _cut(sock)
+            self._forget(handle)
+        return cut
+
+    def shut_down_from(self, ips: Collection[str]) -> int:
+        """Cut every connection that left from one of ``ips``; return how many.
+
+        Those addresses are no longer ours: nothing that is sent there arrives.
+        """
+        cut = 0
+        for handle in list(self._handles):
+            with handle.borrowed() as sock:
+                if sock is None or not is_tcp(sock) or _local_ip(sock) not in ips:
+                    continue
+                cut += 1
+                _cut(sock)
             self._forget(handle)
         return cut
 
@@ -261,6 +278,13 @@ class SocketRegistry:
         self._book.remove(handle)
         if handle.copy is not None:
             handle.copy.close()
+
+
+def _local_ip(sock: socket.socket) -> str:
+    try:
+        return str(sock.getsockname()[0])
+    except OSError:  # the peer reset it
+        return ""
 
 
 def _cut(sock: socket.socket) -> None:

@@ -130,7 +130,7 @@ class TestVeth:
             slow_near = tcp_pair()  # the other link goes dark with the namespace
             with closed(*slow, *silent, *slow_near):
                 for sock in (slow_near[0], silent[0]):
-                    set_liveness(sock, patient=True)
+                    set_liveness(sock)  # the registry makes it a patient one
                     registry.add(sock, "peer", "direct")
                     send_in_thread(sock)
                 reader = Drain(silent[1])
