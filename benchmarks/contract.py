@@ -136,7 +136,8 @@ def _median(values: Iterable[float]) -> float | None:
 
 def _table_line(row: Row) -> str:
     if row.ratio is None:
-        return f"{row.case:32} {_number(row.ours)} {row.unit:10} {_cost(row)} {row.skipped}"
+        ours = f"{row.case:32} {_number(row.ours)} {row.unit:10} {_cost(row)}"
+        return f"{ours} {row.skipped}"
     return (
         f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.rival:16}"
         f" {_number(row.rival_value)}   {row.ratio:6.2f}x"
