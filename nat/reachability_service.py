@@ -32,6 +32,8 @@ from nat.reachability_survey_service import Identify, Survey
 
 log = logging.getLogger(__name__)
 
+MIN_VOTES = 2
+"""Observers without whom nothing is known of the mapping."""
 EVENT_ROOM = 8
 """Verdicts that a listener may lag behind; only the last one matters."""
 
@@ -43,11 +45,14 @@ class Surroundings(msgspec.Struct, frozen=True):
         interfaces: Addresses of our interfaces, "ip/prefix".
         mapped: Multiaddrs that routers map to our control port.
         announced: Multiaddrs that the operator set.
+        observers: "ip:port" of data-plane listeners, asked where they see our control
+            port when too few connections leave from it.
     """
 
     interfaces: Callable[[], Sequence[str]]
     mapped: Callable[[], Sequence[str]] = tuple
     announced: tuple[str, ...] = ()
+    observers: Callable[[], Sequence[str]] = tuple
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,6 +190,10 @@ class ReachabilityService:
         ips = self._survey.direct_peers()
         seen_ips = await self._survey.observe(list(ips))
         mapping = self.mapping()
+        if mapping.votes < MIN_VOTES:
+            port, _ = self._control_port()
+            await self._survey.observe_listeners(self._around.observers(), port)
+            mapping = self.mapping()
         scope = scope_of(ips.values())
         asked = candidates(
             self._host.listen_addrs(),

@@ -17,6 +17,7 @@ from nat.autonat import AddressVerdict
 from nat.autonat_client_service import AutonatAsker
 from nat.observed import ObservedAddresses
 from nat.observed_mapping import Observation
+from nat.observed_service import observe_from
 from nat.reachability import Candidate
 from nat.reachability_config import ReachabilityConfig
 
@@ -110,6 +111,21 @@ class Survey:
             for peer in peers[:MAX_OBSERVERS]:
                 nursery.start_soon(question, peer)
         return seen
+
+    async def observe_listeners(self, addresses: Sequence[str], port: int) -> None:
+        """Ask data-plane listeners ("ip:port") where they see our ``port``."""
+        ends = [end for end in map(endpoint_of, addresses) if end is not None]
+
+        async def question(target: tuple[str, int]) -> None:
+            try:
+                with trio.fail_after(IDENTIFY_SECONDS):
+                    self._observed.add(await observe_from(port, target))
+            except (FabricError, trio.TooSlowError) as exc:
+                log.debug("observe.failed target=%s error=%r", target[0], exc)
+
+        async with trio.open_nursery() as nursery:
+            for ip, number in ends[:MAX_OBSERVERS]:
+                nursery.start_soon(question, (str(ip), number))
 
     def _note(self, peer: PeerId, answer: Seen) -> None:
         """Keep an observation of a connection that left from a listening port."""
