@@ -1,8 +1,8 @@
 """Ask a data-plane listener where our control port is seen, on a connection for that.
 
-After a restart the kernel may still hold the old connections between our control port
-and our peers' (TIME_WAIT), so the new ones leave from other ports and tell nothing. The
-data-plane listeners of the same peers are other destinations, hence other connections.
+A control connection that the peer dialled, or that had to leave from another port (the
+same pair of ports had one already), tells nothing about ours. The data-plane listeners
+of the same peers are other destinations, hence other connections.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ async def observe_from(port: int, target: tuple[str, int]) -> Observation:
     with trio.socket.socket(family, socket.SOCK_STREAM) as sock:
         try:
             share(sock)
-            # so that this connection leaves no TIME_WAIT, and can be had again
+            # nothing is lost with it: no TIME_WAIT, where those block the next one
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await sock.bind((any_ip, port))
             await sock.connect(target)

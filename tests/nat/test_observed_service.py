@@ -31,7 +31,7 @@ async def test_a_listener_tells_where_the_shared_port_is_seen():
             seen = await observe_from(port, target)
             assert seen.observed == seen.local == f"127.0.0.1:{port}"
             assert seen.observer_ip == "127.0.0.1"
-            again = await observe_from(port, target)  # no TIME_WAIT is in the way
+            again = await observe_from(port, target)  # nothing is in the way
             assert again.observed == seen.observed
         nursery.cancel_scope.cancel()
 
