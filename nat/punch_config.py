@@ -20,7 +20,7 @@ class PunchConfig(
     """A connected socket must show its nonce within this."""
     max_jitter_seconds: float = 0.02
     """Between two SYNs to one address at most, outside of bursts."""
-    max_tries: int = 2500
+    max_tries: int = 3000
     """SYNs to one address in one punch; bounds what a forged CONNECT costs a victim."""
     max_accepted: int = 16
     """Unproven inbound connections of one punch."""

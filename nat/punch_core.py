@@ -17,8 +17,10 @@ from typing import Literal
 
 from nat.punch_config import PunchConfig
 
-BURST_SECONDS = 0.25
-_BURST_TRIES = 250
+BURST_SECONDS = 0.15
+_BURST_TRIES = 200
+_NEAR_TRIES = 8
+_NEAR_SECONDS = 0.001
 _LEAST_PATIENCE_SECONDS = 0.05
 _MAX_RTT_SECONDS = 2.0
 
@@ -46,15 +48,23 @@ class RetrySchedule:
         config: Bounds.
         rng: Draws the jitter; two sides must not draw alike.
         rtt: Round trip of the control stream in seconds.
+        side: 0 or 1; the two ends differ.
     """
 
-    def __init__(self, config: PunchConfig, rng: random.Random, rtt: float) -> None:
+    def __init__(
+        self, config: PunchConfig, rng: random.Random, rtt: float, side: int
+    ) -> None:
         self._config = config
+        self.side = side
         self._rng = rng
         self._patience = max(_LEAST_PATIENCE_SECONDS, 3 * rtt)
         self.tries = 0
+        self.near = False
+        """Whether this burst's tries are refused so fast that the other end is, as
+        likely as not, on this machine."""
         self._burst = -1
         self._left = 0
+        self._began = 0.0
 
     def patience(self) -> float:
         """Return how long to wait for an answer to a SYN.
@@ -76,7 +86,11 @@ class RetrySchedule:
         self.tries += 1
         burst = int(elapsed / BURST_SECONDS)
         if burst != self._burst:
-            self._burst, self._left = burst, _BURST_TRIES
+            self._burst, self._left, self._began = burst, _BURST_TRIES, elapsed
+        done = _BURST_TRIES - self._left
+        self.near = (
+            done == _NEAR_TRIES and elapsed - self._began < _NEAR_TRIES * _NEAR_SECONDS
+        )
         if self._left:
             self._left -= 1
             return 0.0

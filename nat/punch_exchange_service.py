@@ -148,7 +148,7 @@ class PunchExchange:
             await frames.send(PunchSync())
         agreement = SocketAgreement(initiator=True, own=mine.nonce, peer=reply.nonce)
         rtt = round_trip(took, reply.held_seconds)
-        race = self._race(port, agreement, rtt)
+        race = self._race(port, agreement, rtt, 0)
         with self._registered(mine.nonce, race):
             await trio.sleep(rtt / 2)
             sock = None
@@ -204,7 +204,8 @@ class PunchExchange:
             if not isinstance(await frames.receive_untrusted(), PunchSync):
                 raise RemoteProtocolError("punch: no SYNC after CONNECT")
         agreement = SocketAgreement(initiator=False, own=mine.nonce, peer=request.nonce)
-        race = self._race(port, agreement, round_trip(trio.current_time() - sent))
+        rtt = round_trip(trio.current_time() - sent)
+        race = self._race(port, agreement, rtt, 1)
         sock = None
         with self._registered(mine.nonce, race):
             # the initiator starts half a round trip later, and ends later
@@ -257,10 +258,12 @@ class PunchExchange:
         return targets, tuple((door, peer.nonce) for door in doors)
 
     def _race(
-        self, port: PunchPort, agreement: SocketAgreement, rtt: float
+        self, port: PunchPort, agreement: SocketAgreement, rtt: float, side: int
     ) -> PunchRace:
         rng = random.Random(self._rng.getrandbits(64))
-        return PunchRace(self._config, port.number, port.listeners, agreement, rng, rtt)
+        return PunchRace(
+            self._config, port.number, port.listeners, agreement, rng, rtt, side
+        )
 
     @contextmanager
     def _registered(self, nonce: bytes, race: PunchRace) -> Iterator[None]:

@@ -8,9 +8,12 @@ a symmetric NAT chose. Each connection proves itself with nonces.
 from __future__ import annotations
 
 import errno
+import os
 import random
 import socket
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -40,29 +43,45 @@ async def dial_loop(
         delay = schedule.next_delay(trio.current_time() - began)
         if delay is None:
             return None
+        if schedule.near:
+            _leave_cpu(schedule.side)
         if delay:
             await trio.sleep(delay)
         try:
-            sock = bound_socket(family_of(target[0]), port)
-        except OSError:
-            return None
-        try:
-            with trio.move_on_after(schedule.patience()) as waiting:
-                await sock.connect(target)
+            with trio.move_on_after(schedule.patience()):
+                return await _dial_once(target, port)
         except OSError as exc:
-            sock.close()
             if exc.errno in _HOPELESS:
                 return None
             if exc.errno in _OCCUPIED:
                 await trio.sleep(_OCCUPIED_WAIT_SECONDS)
-            continue
-        except BaseException:
-            sock.close()
-            raise
-        if waiting.cancelled_caught:
-            sock.close()
-            continue
-        return sock
+
+
+async def _dial_once(target: Address, port: int) -> trio.socket.SocketType:
+    sock = bound_socket(family_of(target[0]), port)
+    try:
+        await sock.connect(target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _leave_cpu(side: int) -> None:
+    """Move this thread to one half of its CPUs; it may leave that at once again.
+
+    Two ends on one machine (a lab, containers) that share a CPU never send at the same
+    time: one's SYN is refused within its own system call. The scheduler, which saw
+    them exchange messages, would keep them together.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    with suppress(OSError):
+        allowed = os.sched_getaffinity(0)
+        half = sorted(allowed)[side::2]
+        if half:
+            os.sched_setaffinity(0, half)
+            os.sched_setaffinity(0, allowed)
 
 
 class PunchRace:
@@ -75,6 +94,7 @@ class PunchRace:
         agreement: Decides which socket is kept.
         rng: Draws the jitter.
         rtt: Round trip of the control stream in seconds.
+        side: 0 or 1; the two ends differ.
     """
 
     def __init__(
@@ -85,13 +105,13 @@ class PunchRace:
         agreement: SocketAgreement,
         rng: random.Random,
         rtt: float,
+        side: int,
     ) -> None:
         self._config = config
         self._port = port
         self._listeners = listeners
         self._agreement = agreement
-        self._rng = rng
-        self._rtt = rtt
+        self._new_schedule = partial(RetrySchedule, config, rng, rtt, side)
         self._unproven = 0
         self._nursery: trio.Nursery | None = None
         self.winner: trio.socket.SocketType | None = None
@@ -162,7 +182,7 @@ class PunchRace:
                 self._nursery.start_soon(self._prove, sock)
 
     async def _dial(self, target: Address) -> None:
-        schedule = RetrySchedule(self._config, self._rng, self._rtt)
+        schedule = self._new_schedule()
         try:
             while (sock := await dial_loop(target, self._port, schedule)) is not None:
                 await self._prove(sock)
