@@ -93,7 +93,7 @@ async def main(role, name, peer, ip, *observers):
             await host.adopt(other, pipe, info)
             began = trio.current_time()
             with trio.move_on_after(8):
-                while all(c.kind == "relay" for c in host.connections(other)):
+                while all(c.kind == "relay" for c in host.connections(other)):  # noqa: ASYNC110
                     await trio.sleep(0.002)
             took = trio.current_time() - began
             best = host.connections(other)[0]
