@@ -276,7 +276,8 @@ def _outbound():
 
 
 @pytest.mark.parametrize(
-    "first", [b"GET / HTTP/1.1", b"\x00fabric-dada\n", b"\x13" + b"garbage" * 3, b"\xff"]
+    "first",
+    [b"GET / HTTP/1.1", b"\x00fabric-dada\n", b"\x13" + b"garbage" * 3, b"\xff"],
 )
 async def test_a_circuit_for_nothing_that_we_know_is_closed(first):
     claimed = Ed25519Signer.generate().peer_id
