@@ -131,7 +131,9 @@ def select_targets(
         own: Our end; nothing of it is dialled.
         theirs: What the peer's CONNECT names.
     """
-    same_site = is_same_site(own, theirs)
+    # being on one machine says nothing about networks: it opens loopback alone
+    seen_beyond = any(classify_ip(ip) != "loopback" for ip, _ in own.observed)
+    same_site = seen_beyond and is_same_site(own, theirs)
     loopback_only = _is_loopback_only(own)
     targets: list[Address] = []
     refused: dict[Address, str] = {}

@@ -85,6 +85,8 @@ def test_bounds_hold_at_any_site(theirs, own):
         assert address not in own.observed + own.local
         if classify_ip(address[0]) == "loopback":
             assert own is LOOPBACK
+        if classify_ip(address[0]) == "private":
+            assert own in (NATED, LAN_ONLY)
 
 
 def test_a_peer_behind_our_own_nat_is_dialled_at_its_private_address_first():
@@ -107,6 +109,13 @@ def test_a_mesh_within_one_lan_or_one_machine():
     assert select_targets(LAN_ONLY, [("10.0.0.3", 6000)])[0] == (("10.0.0.3", 6000),)
     assert select_targets(LAN_ONLY, [("127.0.0.1", 6000)])[0] == ()
     assert select_targets(LOOPBACK, [("127.0.0.1", 6000)])[0] == (("127.0.0.1", 6000),)
+
+
+def test_a_claimed_loopback_address_opens_no_private_one():
+    beside_a_lan = OwnSide(LOOPBACK.observed, local=(("192.168.1.2", 5000),))
+    theirs = [("127.0.0.1", 6000), ("192.168.1.3", 6000), ("10.0.0.9", 6000)]
+    assert select_targets(LOOPBACK, theirs)[0] == (("127.0.0.1", 6000),)
+    assert select_targets(beside_a_lan, theirs)[0] == ()
 
 
 def test_what_we_offer():
