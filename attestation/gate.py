@@ -28,6 +28,7 @@ OPEN_PROTOCOLS = frozenset(
         "/libp2p/autonat/1.0.0",
         "/libp2p/autonat/2/dial-request",
         "/libp2p/autonat/2/dial-back",
+        "/rendezvous/1.0.0",
     }
 )
 """Open to everyone: what a peer needs to become admitted from behind a NAT.

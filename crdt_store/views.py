@@ -128,6 +128,8 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
         version: Of peerfabric.
         incarnation: Starts counted by the member; a later one is a restart.
         roles: What it offers ("relay", ...), not what it may do.
+        data_addrs: "ip:port" at which the world reaches its data plane, if it does:
+            peers behind NATs learn there how they are seen.
     """
 
     name: Name
@@ -136,6 +138,7 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware = Hardware()
     incarnation: Count = 0
     roles: Annotated[tuple[Name, ...], msgspec.Meta(max_length=8)] = ()
+    data_addrs: Annotated[tuple[Name, ...], msgspec.Meta(max_length=8)] = ()
 
 
 _MEMBER: Values[MemberRecord] = Values(MemberRecord)

@@ -148,7 +148,7 @@ class PunchRace:
             self._nursery = None
         if self.winner is None:
             return None
-        set_liveness(self.winner)
+        set_liveness(self.winner, patient=True)
         sock = socket.socket(fileno=self.winner.detach())
         sock.setblocking(False)
         return sock

@@ -28,14 +28,16 @@ from fabric.app.roster import (
 )
 from fabric.app.serving import Serving
 from fabric.app.session_gate import SessionGate
+from fabric.app.traversal import RELAY_ROLE, TraversalReport
 from fabric.core.errors import Unavailable
-from fabric.core.ids import PeerId
+from fabric.core.ids import JobId, PeerId
 from fabric.jobs.service import JobsService
 from fabric.net.bulk_paths import BulkService
 from fabric.net.data_plane import DataPlane
 from fabric.net.libp2p_host import Libp2pHost
 from fabric.net.paths import WorkerPaths
 from fabric.net.rpc import RpcService
+from nat.probe_service import ProbeService
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ class Session:
     book: PeerBook
     peers_file: PeersFile
     connector: MemberConnector
+    nat: TraversalReport
+    probe: ProbeService
     incarnation: int
 
     async def join_through(self, bootstrap: Sequence[str]) -> None:
@@ -93,19 +97,35 @@ class Session:
         reached = self.rpc.connected()
         return bootstrap_addrs(self.store, reached, self.host.addrs())
 
-    async def publish_record(self) -> None:
-        """Write our membership record."""
+    def record(self) -> MemberRecord:
+        """Return our membership record as it should be now."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        record = MemberRecord(
+        nat = self.nat.service
+        return MemberRecord(
             name=self.config.display_name,
             addrs=self.host.addrs()[:16],
             version=version("peerfabric"),
             hardware=Hardware(os.cpu_count() or 1, memory),
             incarnation=self.incarnation,
+            roles=(RELAY_ROLE,) if nat.relay.active else (),
+            data_addrs=nat.vantage.data_addresses(),
         )
-        held = self.store.members.get(self.own)
-        if held != record:
-            await self.store.members.put(record)
+
+    def record_changed(self) -> bool:
+        """Return whether others hold another record of us than the right one."""
+        return self.store.members.get(self.own) != self.record()
+
+    async def publish_record(self) -> None:
+        """Write our membership record."""
+        await self.store.members.put(self.record())
+
+    def running_jobs(self) -> dict[JobId, tuple[PeerId, ...]]:
+        """Return the jobs in which we take part now, with their participants."""
+        return {
+            view.job: view.participants
+            for view in self.jobs.jobs()
+            if view.state not in ENDED and self.own in view.participants
+        }
 
     async def partition(self, peers: frozenset[PeerId]) -> None:
         """Cut contact with ``peers``; empty heals."""
@@ -123,9 +143,8 @@ class Session:
 
     async def leave_jobs(self) -> None:
         """Take no part in any running job from its next round on."""
-        for view in self.jobs.jobs():
-            if view.state not in ENDED and self.own in view.participants:
-                await self.jobs.leave(view.job)
+        for job in self.running_jobs():
+            await self.jobs.leave(job)
 
     def resolve(self, subject: str) -> PeerId:
         """Return the member whose id, end of id, or name is ``subject``.

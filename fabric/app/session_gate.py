@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from attestation.gate import MembershipGate
 from attestation.ports import Verdict
 from crdt_store.service import Store
 from fabric.core.ids import PeerId
 from fabric.net.ports import Decision
+from nat.vantage import Vantage
 
 _NOT_OPEN = Decision(
     allowed=False,
@@ -40,6 +43,21 @@ class LateAuthority:
     def revocation(self, peer: PeerId) -> str | None:
         """Return why ``peer`` was revoked, or None."""
         return None if self.store is None else self.store.verdicts.revocation(peer)
+
+
+class LateRank:
+    """Which of a peer's addresses to dial, asked of traversal, which is opened last.
+
+    Attributes:
+        vantage: Set once it is open; until then all are as good.
+    """
+
+    def __init__(self) -> None:
+        self.vantage: Vantage | None = None
+
+    def __call__(self, peer: PeerId, addrs: Sequence[str]) -> Sequence[str]:
+        """Return the addresses worth a dial, best first."""
+        return addrs if self.vantage is None else self.vantage.rank(peer, addrs)
 
 
 class SessionGate:

@@ -12,10 +12,12 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Protocol
 
 import trio
@@ -37,6 +39,7 @@ from fabric.app.connector import MemberConnector, RedialingConnector
 from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
 from fabric.app.last_ports import LastPorts, load_ports, port_of, save_ports, settle
+from fabric.app.links import publish_links
 from fabric.app.membership_file import MeshMembership
 from fabric.app.peer_book import PeerBook
 from fabric.app.peers_file import PeersFile
@@ -47,28 +50,32 @@ from fabric.app.roster import (
 )
 from fabric.app.serving import Serving
 from fabric.app.session import HELLO, Session
-from fabric.app.session_gate import LateAuthority, SessionGate
-from fabric.core.errors import FabricError
-from fabric.core.ids import short
+from fabric.app.session_gate import LateAuthority, LateRank, SessionGate
+from fabric.app.session_keepers import check_lost, close_refused, refresh_record
+from fabric.app.traversal import MeshKnowledge, TraversalReport
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
 from fabric.jobs.runner import RunnerFactory
 from fabric.jobs.service import JobsService
-from fabric.net.bulk_paths import open_bulk_paths
-from fabric.net.data_plane import open_data_plane
-from fabric.net.libp2p_host import open_host
+from fabric.net.bulk_paths import BulkService, open_bulk_paths
+from fabric.net.data_plane import DataPlane, open_data_plane
+from fabric.net.libp2p_dialback import DialBack
+from fabric.net.libp2p_host import Libp2pHost, open_host
+from fabric.net.libp2p_identify import identify
 from fabric.net.libp2p_kad import open_routing
 from fabric.net.libp2p_pubsub import open_broadcast
 from fabric.net.paths import WorkerPaths
-from fabric.net.rpc import open_rpc
+from fabric.net.ports import Broadcast
+from fabric.net.routing_api import ContentRouting
+from fabric.net.rpc import RpcService, open_rpc
 from inference.service import ServeService
 from inference.stage_service import RunnerPorts
+from nat.ports import TraversalBase
+from nat.probe_service import LinkSenses, open_link_probe
+from nat.service import open_traversal
 from training.service import train_runner_factory
 
 log = logging.getLogger(__name__)
-
-GATE_SECONDS = 1.0
-"""How often connections of peers that lost their standing are closed."""
 
 
 class SessionOwner(Protocol):
@@ -97,12 +104,60 @@ async def open_session(
         await nursery.start(session.peers_file.run)
         await nursery.start(session.connector.run)
         await nursery.start(session.serving.run)
-        nursery.start_soon(_close_refused, session)
-        nursery.start_soon(_refresh_record, session)
+        nursery.start_soon(close_refused, session)
+        nursery.start_soon(refresh_record, session)
+        nursery.start_soon(check_lost, session, nursery)
+        nursery.start_soon(
+            publish_links,
+            session.probe,
+            session.store.links,
+            session.running_jobs,
+            session.config.nat.probe,
+        )
         try:
             yield session
         finally:
             nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The services below the replicated state."""
+
+    host: Libp2pHost
+    broadcast: Broadcast
+    routing: ContentRouting
+    plane: DataPlane
+    rpc: RpcService
+    bulk: BulkService
+
+
+async def _open_network(
+    stack: AsyncExitStack,
+    node: SessionOwner,
+    gate: SessionGate,
+    book: PeerBook,
+    rank: LateRank,
+) -> _Network:
+    """Listen on both planes, where the last run did if that is free."""
+    config, signer, counters = node.config, node.signer, node.counters
+    enter = stack.enter_async_context
+    ports_file = node.home.data / "ports.json"
+    host_config, data_config = settle(config.host, config.data, load_ports(ports_file))
+    host = await enter(open_host(host_config, signer, gate, counters))
+    broadcast = await enter(open_broadcast(host, config.gossip))
+    routing = await enter(open_routing(host, config.routing))
+    plane = await enter(open_data_plane(data_config, signer, host, gate, counters))
+    save_ports(ports_file, LastPorts(port_of(host.listen_addrs()), plane.port))
+    connect = RedialingConnector(host, plane, book, rank)
+    rpc = await enter(
+        open_rpc(config.data.rpc, signer.peer_id, connect, gate, counters)
+    )
+    plane.serve_rpc(rpc.accept)
+    rpc.register(HELLO, lambda peer, request: b"")
+    serve_clock(rpc)
+    bulk = await enter(open_bulk_paths(plane))
+    return _Network(host, broadcast, routing, plane, rpc, bulk)
 
 
 async def _open(
@@ -123,25 +178,15 @@ async def _open(
             allow_suspect=config.attestation.allow_suspect,
         )
     )
-    ports_file = node.home.data / "ports.json"
-    host_config, data_config = settle(config.host, config.data, load_ports(ports_file))
-    host = await enter(open_host(host_config, signer, gate, counters))
-    broadcast = await enter(open_broadcast(host, config.gossip))
-    routing = await enter(open_routing(host, config.routing))
-    plane = await enter(open_data_plane(data_config, signer, host, gate, counters))
-    save_ports(ports_file, LastPorts(port_of(host.listen_addrs()), plane.port))
-    book = PeerBook(own)
-    book.learn(by_peer(membership.bootstrap))
     folder = node.home.data / "meshes" / membership.mesh.id[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    book = PeerBook(own)
+    book.learn(by_peer(membership.bootstrap))
     peers_file = PeersFile(folder / "peers.json", book)
-    connect = RedialingConnector(host, plane, book)
-    rpc = await enter(open_rpc(config.data.rpc, own, connect, gate, counters))
-    plane.serve_rpc(rpc.accept)
-    rpc.register(HELLO, lambda peer, request: b"")
-    serve_clock(rpc)
+    rank = LateRank()
+    net = await _open_network(stack, node, gate, book, rank)
+    host, plane, rpc, bulk = net.host, net.plane, net.rpc, net.bulk
     paths = WorkerPaths(plane)
-    bulk = await enter(open_bulk_paths(plane))
     store = await enter(
         open_store(
             config.store,
@@ -149,7 +194,7 @@ async def _open(
             signer,
             membership.mesh,
             rpc,
-            broadcast,
+            net.broadcast,
             time.time,
             counters,
         )
@@ -177,7 +222,9 @@ async def _open(
         BlobStore, node.home.data / "content", config.content.max_bytes
     )
     content = await enter(
-        open_content(config.content, blobs, rpc, bulk, routing, gate, counters, own=own)
+        open_content(
+            config.content, blobs, rpc, bulk, net.routing, gate, counters, own=own
+        )
     )
     flow = CheckpointFlow(own, store, blobs, content, node.home.state / "checkpoints")
     serve = ServeService(
@@ -207,8 +254,32 @@ async def _open(
         greet=lambda peer: rpc.call(peer, HELLO, b""),
         blocked=lambda: gate.cut,
         timeout_seconds=config.mesh.connect_seconds,
+        rank=rank,
         connections=host.connections,
     )
+    senses = LinkSenses(rpc, paths, plane.registry.traffic)
+    probe = await enter(
+        open_link_probe(config.nat.probe, own, bulk, senses, counters, Random())
+    )
+    knowledge = MeshKnowledge(own, membership, store, book, rpc, config.nat)
+    nat = await enter(
+        open_traversal(
+            config.nat,
+            TraversalBase(
+                host,
+                plane,
+                gate,
+                signer,
+                membership.mesh.id,
+                partial(identify, host),
+                DialBack(config.host),
+                counters,
+            ),
+            knowledge.needs(connector, plane),
+            config.host.announce,
+        )
+    )
+    rank.vantage = nat.vantage
     serving = Serving(own, rpc, serve, jobs, config.serve)
     return Session(
         membership.mesh,
@@ -230,6 +301,8 @@ async def _open(
         book,
         peers_file,
         connector,
+        TraversalReport(nat, probe, config.nat),
+        probe,
         _next_incarnation(folder / "incarnation"),
     )
 
@@ -250,25 +323,3 @@ def _installed(**runners: RunnerFactory) -> dict[str, RunnerFactory]:
     """
     needed = ("torch", "transformers", "safetensors")
     return runners if all(find_spec(name) is not None for name in needed) else {}
-
-
-async def _close_refused(session: Session) -> None:
-    """Close the connections of peers that the gate no longer allows."""
-    while True:
-        for peer, decision in session.gate.changes():
-            log.info("gate.closed peer=%s code=%s", short(peer), decision.code)
-            await session.disconnect(peer)
-        await trio.sleep(GATE_SECONDS)
-
-
-async def _refresh_record(session: Session) -> None:
-    """Publish our membership record once we may, then every refresh period."""
-    while True:
-        if session.store.authority.membership(session.own).allowed:
-            try:
-                await session.publish_record()
-            except FabricError as exc:
-                log.warning("record.failed code=%s reason=%s", exc.code, exc.reason)
-            else:
-                await trio.sleep(session.config.mesh.record_refresh_seconds)
-        await trio.sleep(GATE_SECONDS)

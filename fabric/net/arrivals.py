@@ -35,6 +35,7 @@ from fabric.net.offers import (
 )
 from fabric.net.ports import PathKind
 from fabric.net.socket_options import set_liveness
+from fabric.net.waiting_room import WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,14 @@ class Arrivals:
         self._config = config
         self._desk = desk
         self._counters = counters
-        self.pending = 0
+        self._room = WaitingRoom(config.max_pending_connections)
         self.observed = 0
         self.bound: tuple[str, int] = ("", 0)
+
+    @property
+    def pending(self) -> int:
+        """Connections that have not shown a label yet."""
+        return len(self._room)
 
     async def listen(self, ready: Callable[[], None]) -> None:
         """Accept until cancelled; ``ready`` is called when the address is bound.
@@ -126,17 +132,14 @@ class Arrivals:
             await self._serve(stream, label, kind)
 
     async def _accepted(self, stream: trio.SocketStream) -> None:
-        if self.pending >= self._config.max_pending_connections:
-            self._counters.add(DROPPED, label="pending_connections")
-            await trio.aclose_forcefully(stream)
-            return
         seconds = self._config.handshake_timeout_seconds
         async with self._boundary(stream):
-            self.pending += 1
-            try:
+            before = self._room.evicted
+            with self._room.place(_ip_of(stream)):
+                self._counters.add(
+                    DROPPED, self._room.evicted - before, label="pending_connections"
+                )
                 label = await _receive_label(stream, seconds)
-            finally:
-                self.pending -= 1
             await self._serve(stream, label, "direct")
 
     async def _serve(
@@ -185,6 +188,13 @@ class Arrivals:
             logger.info("data.failed code=%s reason=%s", exc.code, exc.reason)
         finally:
             await trio.aclose_forcefully(stream)
+
+
+def _ip_of(stream: trio.SocketStream) -> str:
+    try:
+        return str(stream.socket.getpeername()[0])
+    except OSError:  # it left at once
+        return ""
 
 
 async def _receive_label(stream: trio.SocketStream, seconds: float) -> bytes:

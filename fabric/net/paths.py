@@ -11,6 +11,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Collection
+from contextlib import suppress
 
 import trio
 
@@ -182,7 +183,7 @@ class ExpectedSockets:
                 waiting = await self._take.receive()
                 if self._allowed(waiting.peer, waiting.purpose.counter):
                     return waiting
-                waiting.sock.close()  # queued before ``allow`` excluded it
+                hang_up(waiting.sock)  # queued before ``allow`` excluded it
         except (trio.EndOfChannel, trio.ClosedResourceError) as exc:
             raise Unavailable(f"job {self._job} is no longer expected") from exc
 
@@ -203,7 +204,7 @@ class ExpectedSockets:
         self._paths._forget(self._job)
         while True:
             try:
-                self._take.receive_nowait().sock.close()
+                hang_up(self._take.receive_nowait().sock)
             except (trio.WouldBlock, trio.EndOfChannel):
                 break
         self._put.close()
@@ -240,6 +241,13 @@ class ExpectedSockets:
 
     def _allowed(self, peer: PeerId, counter: int) -> bool:
         return peer in self._peers and counter >= self._min_counter
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End the connection now, although the socket registry holds a copy of it."""
+    with suppress(OSError):  # the peer may have closed it first
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 def _purpose_of(holder: OfferRequest | Offer) -> Purpose:

@@ -131,9 +131,6 @@ async def test_thousands_of_half_open_connections_cost_little_and_end():
         assert await nodes[A].rpc.call(B, "x.echo", b"fine") == b"fine"
 
 
-@pytest.mark.xfail(
-    strict=False, reason="when all places are taken, a newcomer is turned away"
-)
 async def test_half_open_connections_keep_no_member_out():
     config = DataConfig(handshake_timeout_seconds=5.0)
     async with network(config=config) as nodes:
