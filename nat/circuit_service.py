@@ -24,12 +24,13 @@ from nat.circuit_streams_service import (
     DATA_PREFIX,
     connect,
     join,
+    open_stop,
     reserve,
     socket_ends,
 )
 from nat.multiaddr_bytes import tcp_multiaddr
 from nat.relay_config import CircuitConfig
-from nat.relay_messages import PROTOCOL_STOP
+from nat.relay_messages import PROTOCOL_STOP, UNLIMITED, Limit
 from nat.relay_pump_service import break_stream, send_message
 
 log = logging.getLogger(__name__)
@@ -227,15 +228,14 @@ class CircuitService:
         """Return a circuit whose first bytes were sent; they say it is for data."""
         try:
             with trio.fail_after(self._config.connect_seconds):
-                await self._reach(relay, addrs)
-                stream, answer = await connect(self._host, relay, peer)
+                stream, limit = await self._join(relay, addrs, peer)
                 assert isinstance(stream, trio.abc.HalfCloseableStream)
                 if first:
-                    if not self.reservations.suits_data(answer.limit):
+                    if not self.reservations.suits_data(limit):
                         await break_stream(stream)
                         raise NoRoute(
                             f"relay {short(relay)} is for signalling only: it allows a "
-                            f"circuit {answer.limit.data_bytes} B",
+                            f"circuit {limit.data_bytes} B",
                             code="E_RELAY_SIGNALLING_ONLY",
                             next_step="let a peer with a public address set relay_ok",
                         )
@@ -246,6 +246,15 @@ class CircuitService:
                 f"relay {short(relay)} made no circuit within "
                 f"{self._config.connect_seconds:.0f} s"
             ) from exc
+
+    async def _join(
+        self, relay: PeerId, addrs: Sequence[str], peer: PeerId
+    ) -> tuple[trio.abc.Stream, Limit]:
+        if relay == self._host.peer_id:  # it reserved with us: we are its relay
+            return await open_stop(self._host, peer, relay), UNLIMITED
+        await self._reach(relay, addrs)
+        stream, answer = await connect(self._host, relay, peer)
+        return stream, answer.limit
 
     async def open_data(self, peer: PeerId) -> socket.socket:
         """Return a socket whose bytes a relay carries to ``peer``'s data plane.
@@ -259,9 +268,8 @@ class CircuitService:
         if self._nursery is None:
             raise LocalProtocolError("the circuit service does not run")
         relays = by_relay(self._addresses_of(peer), peer)
-        ours = self._host.peer_id
-        usable = {r: a for r, a in relays.items() if r not in (peer, ours)}
-        stream = await self._race(peer, usable)
+        relays.pop(peer, None)
+        stream = await self._race(peer, relays)
         local, theirs = socket_ends()
         self._nursery.start_soon(join, stream, local)
         return theirs

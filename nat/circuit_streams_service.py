@@ -20,13 +20,20 @@ from fabric.net.traversal_api import TraversalHost
 from nat.relay_messages import (
     MAX_RELAY_MESSAGE_BYTES,
     PROTOCOL_HOP,
+    PROTOCOL_STOP,
+    UNLIMITED,
     HopConnect,
     HopMessage,
     HopReserve,
     HopStatus,
+    Limit,
     Status,
+    StopConnect,
+    StopStatus,
     decode_hop_untrusted,
+    decode_stop_untrusted,
     encode_hop,
+    encode_stop,
     status_name,
 )
 from nat.relay_pump_service import (
@@ -85,6 +92,27 @@ async def _ask(
         await break_stream(stream)
         raise
     return stream, answer
+
+
+async def open_stop(
+    host: TraversalHost, target: PeerId, source: PeerId, limit: Limit = UNLIMITED
+) -> trio.abc.Stream:
+    """Return the stream that ``target`` accepted as its end of a circuit of ``source``.
+
+    Raises:
+        FabricError: it is gone, did not accept, or made no sense.
+    """
+    stream = await host.open_stream(target, PROTOCOL_STOP)
+    try:
+        await send_message(stream, encode_stop(StopConnect(source, limit)))
+        body = await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)
+        answer = decode_stop_untrusted(body)
+        if not isinstance(answer, StopStatus) or answer.status != Status.OK:
+            raise NoRoute(f"{short(target)} did not accept a circuit")
+    except BaseException:
+        await break_stream(stream)
+        raise
+    return stream
 
 
 _KINDS: dict[int, tuple[type[NoRoute | RemoteRefused | ResourceExhausted], str]] = {
@@ -189,9 +217,7 @@ async def join(circuit: trio.abc.HalfCloseableStream, local: trio.SocketStream) 
     """
     complete = False
     try:
-        complete = await pump(
-            local, circuit, lambda *_: 0.0, idle_seconds=math.inf, ends_at=math.inf
-        )
+        complete = await pump(local, circuit, lambda *_: 0.0, idle_seconds=math.inf)
     except* (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
     finally:

@@ -217,6 +217,18 @@ class RelayBook:
             del self.carried[min(self.carried, key=self.carried.__getitem__)]
         self.carried[peer] += num_bytes
 
+    def promote(self, circuit: Circuit, now: float) -> None:
+        """Let ``circuit`` run on the members' budget: both its ends are members now.
+
+        Whoever was admitted through a circuit keeps it. Without a free place it stays
+        what it is.
+        """
+        members = sum(not each.stranger for each in self._circuits)
+        if circuit.stranger and members < self._config.max_circuits:
+            circuit.stranger = False
+            circuit.limit = self.limit(members=True)
+            circuit.ends_at = now + (circuit.limit.duration_seconds or math.inf)
+
     def release(self, circuit: Circuit) -> None:
         """The circuit is over. Idempotent."""
         if circuit in self._circuits:

@@ -6,6 +6,7 @@ reader takes the message and not a byte more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -93,7 +94,7 @@ async def pump(
     take: Take,
     *,
     idle_seconds: float,
-    ends_at: float,
+    ends_at: Callable[[], float] = lambda: math.inf,
 ) -> bool:
     """Carry bytes both ways until both have ended; return whether they did.
 
@@ -105,13 +106,13 @@ async def pump(
         target: The other.
         take: Asked about each piece.
         idle_seconds: Stop when nothing was carried for this long.
-        ends_at: Stop then, in any case.
+        ends_at: Stop then, in any case; asked at the start and with each piece.
 
     Raises:
         BrokenResourceError: a side broke.
     """
     start = trio.current_time() + idle_seconds
-    with trio.CancelScope(deadline=min(start, ends_at)) as scope:
+    with trio.CancelScope(deadline=min(start, ends_at())) as scope:
 
         async def carry(
             reader: trio.abc.HalfCloseableStream,
@@ -121,7 +122,7 @@ async def pump(
             while data := await reader.receive_some(PIECE_BYTES):
                 wait = take(direction, len(data))
                 idle_at = trio.current_time() + wait + idle_seconds
-                scope.deadline = min(max(scope.deadline, idle_at), ends_at)
+                scope.deadline = min(max(scope.deadline, idle_at), ends_at())
                 if wait:
                     await trio.sleep(wait)
                 await writer.send_all(data)

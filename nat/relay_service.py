@@ -19,7 +19,6 @@ import trio
 from fabric.core.errors import (
     FabricError,
     RemoteProtocolError,
-    RemoteRefused,
     ResourceExhausted,
 )
 from fabric.core.ids import PeerId, short
@@ -27,24 +26,20 @@ from fabric.core.signing import Signer
 from fabric.core.telemetry import REFUSALS, SENT_BYTES, Counters
 from fabric.net.host import PeerDisconnected
 from fabric.net.traversal_api import TraversalHost
+from nat.circuit_streams_service import open_stop
 from nat.relay import Circuit, Refusal, RelayBook
 from nat.relay_config import RelayConfig
 from nat.relay_messages import (
     MAX_ADDRS,
     MAX_RELAY_MESSAGE_BYTES,
     PROTOCOL_HOP,
-    PROTOCOL_STOP,
     HopConnect,
     HopReserve,
     HopStatus,
     Reservation,
     Status,
-    StopConnect,
-    StopStatus,
     decode_hop_untrusted,
-    decode_stop_untrusted,
     encode_hop,
-    encode_stop,
 )
 from nat.relay_pump_service import (
     break_stream,
@@ -213,14 +208,15 @@ class RelayService:
         )
 
     async def _connect(self, source: PeerId, target: PeerId) -> Refusal | _Opened:
-        members = self._is_member(source) and self._is_member(target)
+        members = self._are_members(source, target)
         now = trio.current_time()
         circuit = self.book.connect(source, target, members=members, now=now)
         if isinstance(circuit, Refusal):
             return circuit
         try:
             with trio.fail_after(self._config.connect_seconds):
-                return _Opened(circuit, await self._open_stop(circuit))
+                stop = await open_stop(self._host, target, source, circuit.limit)
+                return _Opened(circuit, stop)
         except (FabricError, trio.TooSlowError) as exc:
             self.book.release(circuit)
             log.debug("relay.no_target circuit=%s error=%r", _name(circuit), exc)
@@ -229,25 +225,8 @@ class RelayService:
             self.book.release(circuit)
             raise
 
-    async def _open_stop(self, circuit: Circuit) -> trio.abc.Stream:
-        """Return the stream that the target accepted as its end of ``circuit``.
-
-        Raises:
-            FabricError: it is gone, or did not accept.
-        """
-        stop = await self._host.open_stream(circuit.target, PROTOCOL_STOP)
-        try:
-            await send_message(
-                stop, encode_stop(StopConnect(circuit.source, circuit.limit))
-            )
-            body = await receive_message_untrusted(stop, MAX_RELAY_MESSAGE_BYTES)
-            answer = decode_stop_untrusted(body)
-            if answer != StopStatus(Status.OK):
-                raise RemoteRefused(f"the target answered {answer}")
-        except BaseException:
-            await break_stream(stop)
-            raise
-        return stop
+    def _are_members(self, *peers: PeerId) -> bool:
+        return all(self._is_member(peer) for peer in peers)
 
     async def _answer(
         self, stream: trio.abc.Stream, answer: HopStatus | Refusal
@@ -283,6 +262,8 @@ class RelayService:
 
         def take(direction: int, num_bytes: int) -> float:
             now = trio.current_time()
+            if circuit.stranger and self._are_members(circuit.source, circuit.target):
+                self.book.promote(circuit, now)
             wait = self.book.take(circuit, direction, num_bytes, now)
             if isinstance(wait, Refusal):
                 self._counters.add(REFUSALS, label=f"E_RELAY_{wait.reason.upper()}")
@@ -295,7 +276,7 @@ class RelayService:
             stop,
             take,
             idle_seconds=self._config.idle_seconds,
-            ends_at=circuit.ends_at,
+            ends_at=lambda: circuit.ends_at,
         )
 
 

@@ -15,6 +15,11 @@ from nat.relay_service import RelayService
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SECONDS = 15
+FAST = {
+    "max_bytes_per_second": 1e12,
+    "max_bytes_per_second_per_peer": 1e12,
+    "max_bytes_per_second_per_circuit": 1e12,
+}
 OPEN = ("/libp2p/", "/ipfs/", "/fabric/attest/")
 
 
@@ -121,3 +126,13 @@ async def reserved(who, *relays):
 def stream_of(sock):
     sock.setblocking(False)
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def data_circuit(one, two):
+    """Return both ends of a data circuit as streams."""
+    one.addresses[two.id] = two.announced
+    with trio.fail_after(SECONDS):
+        near = await one.circuits.open_data(two.id)
+        claimed, far = await two.arrived.receive()
+    assert claimed == one.id
+    return stream_of(near), stream_of(far)

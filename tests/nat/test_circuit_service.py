@@ -6,29 +6,19 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import trio
 
-from fabric.core.errors import FabricError, NoRoute, RemoteRefused
-from fabric.core.signing import Ed25519Signer
-from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS
-from nat.circuit_streams_service import DATA_PREFIX, connect
+from fabric.core.errors import NoRoute, RemoteRefused
+from fabric.core.telemetry import REFUSALS
+from nat.circuit_streams_service import connect
 from nat.relay_messages import (
-    MAX_RELAY_MESSAGE_BYTES,
     PROTOCOL_HOP,
-    PROTOCOL_STOP,
     HopStatus,
-    Reservation,
-    Status,
-    StopConnect,
-    StopStatus,
     decode_hop_untrusted,
-    decode_stop_untrusted,
     encode_hop,
-    encode_stop,
 )
-from nat.relay_pump_service import receive_message_untrusted
+from tests.nat.lying_relay import LyingRelay, fake_relay, held, status
 from tests.nat.relay_network import (
     SECONDS,
     client,
-    peer,
     relay,
     reserved,
     stream_of,
@@ -36,10 +26,6 @@ from tests.nat.relay_network import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-def held(who):
-    return {each.relay for each in who.circuits.reservations.status() if each.held}
 
 
 async def open_data(one, two):
@@ -128,14 +114,6 @@ async def test_a_relay_killed_mid_transfer_is_noticed_and_another_is_used():
             await stream.aclose()
 
 
-@asynccontextmanager
-async def fake_relay(answer):
-    """A peer whose hop protocol does what a test wants."""
-    async with peer() as made:
-        made.host.set_handler(PROTOCOL_HOP, answer)
-        yield made
-
-
 async def black_hole(peer, stream):
     await trio.sleep_forever()
 
@@ -173,10 +151,6 @@ async def test_a_black_holed_relay_is_left_within_its_deadline():
         assert "made no circuit within 2 s" in error.value.reason
 
 
-def status(who):
-    return who.circuits.reservations.status()
-
-
 async def test_a_relay_with_small_limits_is_for_signalling_only():
     async with (
         relay(circuit_bytes=128 << 10, circuit_seconds=120) as small,
@@ -201,14 +175,28 @@ async def test_without_relays_there_is_no_route_and_no_crash():
         with pytest.raises(NoRoute, match="announces none"):
             await one.circuits.open_data(two.id)
         one.addresses[two.id] = [
-            f"/ip4/127.0.0.1/tcp/1/p2p/{one.id}/p2p-circuit",  # ourselves
             f"/ip4/127.0.0.1/tcp/1/p2p/{two.id}/p2p-circuit",  # the peer itself
         ]
         with pytest.raises(NoRoute, match="announces none"):
             await one.circuits.open_data(two.id)
+        # ourselves, but it is not connected with us any more
+        one.addresses[two.id] = [f"/ip4/127.0.0.1/tcp/1/p2p/{one.id}/p2p-circuit"]
+        with pytest.raises(NoRoute, match="not connected"):
+            await one.circuits.open_data(two.id)
         for addr in ("nonsense", f"/ip4/127.0.0.1/tcp/1/p2p/{one.id}"):
             with pytest.raises(NoRoute):
                 await one.circuits.dial(addr, two.id)
+
+
+async def test_a_relay_reaches_those_who_reserved_with_it_by_itself():
+    async with client() as one, client() as two:
+        one.host.set_handler(PROTOCOL_HOP, LyingRelay(one).serve)
+        await reserved(two, one)
+        near, far = await open_data(one, two)
+        await near.send_all(b"it is me")
+        assert await far.receive_some() == b"it is me"
+        await near.aclose()
+        await far.aclose()
 
 
 async def test_a_stranger_gets_a_control_circuit_and_no_data_circuit():
@@ -224,132 +212,6 @@ async def test_a_stranger_gets_a_control_circuit_and_no_data_circuit():
         assert two.counted(f"{REFUSALS}:E_NOT_ADMITTED") == 1
         with pytest.raises(trio.WouldBlock):
             two.arrived.receive_nowait()
-
-
-class LyingRelay:
-    """Grants reservations, and opens stop streams as the test says."""
-
-    def __init__(self, made, **reservation):
-        self.made = made
-        self.reservation = {"expires_unix_seconds": 2_000_000_000, **reservation}
-        made.host.set_handler(PROTOCOL_HOP, self.serve)
-
-    async def serve(self, peer, stream):
-        await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)
-        granted = Reservation(**self.reservation)
-        await stream.send_all(
-            encode_hop(HopStatus(status=Status.OK, reservation=granted))
-        )
-
-    async def stop(self, target, claimed, first=b""):
-        """Open a circuit in ``claimed``'s name; return the stream and the answer."""
-        stream = await self.made.host.open_stream(target, PROTOCOL_STOP)
-        await stream.send_all(encode_stop(StopConnect(claimed)) + first)
-        body = await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)
-        return stream, decode_stop_untrusted(body)
-
-
-@asynccontextmanager
-async def lying(**settings):
-    async with peer() as made, client(**settings) as two:
-        liar = LyingRelay(made)
-        await reserved(two, made)
-        with trio.fail_after(2 * SECONDS):
-            yield liar, two
-
-
-async def test_a_relay_that_makes_up_a_peer_gets_no_control_connection():
-    impostor = Ed25519Signer.generate().peer_id
-    async with lying() as (liar, two):
-        stream, answer = await liar.stop(two.id, impostor)
-        assert answer == StopStatus(Status.OK)
-        with suppress(FabricError):  # it can only be itself
-            await liar.made.host.adopt(two.id, stream, _outbound())
-        await until(lambda: two.counted(f"{PROTOCOL_ERRORS}:E_WRONG_PEER") == 1)
-        assert impostor not in two.host.connected()
-
-
-def _outbound():
-    from fabric.net.traversal_api import ConnectionInfo
-
-    return ConnectionInfo(kind="relay", outbound=True)
-
-
-@pytest.mark.parametrize(
-    "first",
-    [b"GET / HTTP/1.1", b"\x00fabric-dada\n", b"\x13" + b"garbage" * 3, b"\xff"],
-)
-async def test_a_circuit_for_nothing_that_we_know_is_closed(first):
-    claimed = Ed25519Signer.generate().peer_id
-    async with lying() as (liar, two):
-        stream, answer = await liar.stop(two.id, claimed, first)
-        assert answer == StopStatus(Status.OK)
-        with suppress(trio.BrokenResourceError):
-            await drain(stream)  # it ends
-        assert two.host.connected() == {liar.made.id}
-        assert not two.circuits._inbound._open
-
-
-async def drain(stream):
-    while await stream.receive_some():
-        pass
-
-
-async def test_silent_circuits_take_half_of_the_places_at_most_and_not_for_long():
-    names = [Ed25519Signer.generate().peer_id for _ in range(6)]
-    async with lying(max_inbound=8, first_bytes_seconds=0.5) as (liar, two):
-        answers = [await liar.stop(two.id, name) for name in names]
-        given = [answer.status for _, answer in answers]
-        assert given.count(Status.OK) == 4
-        assert given.count(Status.RESOURCE_LIMIT_EXCEEDED) == 2
-        assert two.counted(f"{REFUSALS}:E_CIRCUITS_FULL") == 2
-        await until(lambda: not two.circuits._inbound._open)
-        for stream, _ in answers:
-            await stream.aclose()
-
-
-async def test_circuits_come_from_relays_that_we_asked_only():
-    async with client() as two, peer() as made:
-        liar = LyingRelay(made)
-        await made.host.connect(two.id, two.host.addrs())
-        claimed = Ed25519Signer.generate().peer_id
-        with trio.fail_after(SECONDS):
-            _, answer = await liar.stop(two.id, claimed, DATA_PREFIX)
-        assert answer == StopStatus(Status.PERMISSION_DENIED)
-        assert two.counted(f"{REFUSALS}:E_CIRCUIT_UNEXPECTED") == 1
-
-
-async def test_what_a_relay_says_about_its_addresses_is_not_believed():
-    async with peer() as made, client() as two:
-        victim = f"/ip4/203.0.113.5/tcp/25/p2p/{made.id}"
-        LyingRelay(made, addrs=(victim, f"/ip4/127.0.0.1/tcp/9/p2p/{made.id}"))
-        await reserved(two, made)
-        assert two.announced == (
-            f"{made.host.addrs()[0]}/p2p-circuit",
-            f"/ip4/127.0.0.1/tcp/9/p2p/{made.id}/p2p-circuit",
-        )
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"\xff\xff\xff\xff",
-        b"\x00",
-        encode_hop(HopStatus(status=Status.OK)),  # and no reservation
-        encode_hop(HopStatus(status=999)),
-        b"",
-    ],
-)
-async def test_a_relay_that_answers_nonsense_is_not_held(answer):
-    async def serve(peer, stream):
-        await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)
-        await stream.send_all(answer)
-
-    async with fake_relay(serve) as made, client() as two:
-        two.circuits.set_candidates({made.id: made.host.addrs()})
-        await until(lambda: any(each.why for each in status(two)))
-        assert held(two) == frozenset()
-        assert two.announced == ()
 
 
 def close_arrived(who):

@@ -84,6 +84,23 @@ def test_circuits_are_limited_in_all_per_peer_and_for_strangers():
     assert isinstance(book.connect("Z", "C", members=True, now=0), Circuit)
 
 
+def test_a_stranger_that_is_admitted_keeps_its_circuit_if_there_is_room():
+    book = RelayBook(RelayConfig(max_circuits=1, circuit_seconds=500))
+    reserved(book, "A")
+    stranger = book.connect("S", "A", members=False, now=0)
+    member = book.connect("B", "A", members=True, now=0)
+    book.promote(stranger, 100)
+    assert stranger.stranger  # no room among the members
+    book.release(member)
+    book.promote(stranger, 100)
+    assert not stranger.stranger
+    assert stranger.ends_at == 600
+    assert isinstance(book.take(stranger, 0, 3 << 20, 100), float)
+    assert book.connect("B", "A", members=True, now=100).reason == "circuits"
+    book.promote(stranger, 200)
+    assert stranger.ends_at == 600
+
+
 def test_nobody_connects_with_itself():
     book = RelayBook(RelayConfig())
     reserved(book, "A")
