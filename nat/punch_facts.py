@@ -33,8 +33,8 @@ FAILED = "E_PUNCH_FAILED"
 
 MAX_PORT_STEP = 16
 """Two consecutive mappings further apart are not sequential allocation."""
-NUM_PREDICTED = 4
-"""Ports to try: other connections of the site take some of them in between."""
+NUM_PREDICTED = 3
+"""Mappings ahead to try: other connections of the site take some in between."""
 _LOWEST_PORT = 1024
 
 
@@ -79,9 +79,16 @@ def learn_mapping(observed: Sequence[Address], known: NatFacts) -> NatFacts:
 
 
 def predict_ports(last_port: int, step: int) -> tuple[int, ...]:
-    """Return the ports a sequential NAT will likely map next, likeliest first."""
-    guesses = (last_port + step * k for k in range(1, NUM_PREDICTED + 1))
-    return tuple(port for port in guesses if _LOWEST_PORT <= port <= 65535)
+    """Return the ports a sequential NAT will likely map next, likeliest first.
+
+    A step above one may be a NAT's habit, or one with a connection of somebody else in
+    between: both are foretold.
+    """
+    if not step:
+        return ()
+    strides = dict.fromkeys((step, 1 if step > 0 else -1))
+    guesses = (last_port + s * k for s in strides for k in range(1, NUM_PREDICTED + 1))
+    return tuple(dict.fromkeys(p for p in guesses if _LOWEST_PORT <= p <= 65535))
 
 
 def can_punch(own: NatFacts, peer: NatFacts, *, same_site: bool = False) -> Decision:

@@ -2,7 +2,8 @@
 
     python punch_host.py meet IP OBSERVER..            (observers are "ip:port")
     python punch_host.py serve NAME MEET_IP OBSERVER..
-    python punch_host.py punch NAME MEET_IP OBSERVER..  (reads "punch PEER", "quit")
+    python punch_host.py punch NAME MEET_IP OBSERVER..
+        (reads "punch PEER", "spoof PEER ADDRESS..", "quit")
 
 A stream between two ends is a TCP connection of each with the meeting point, which
 pumps; so signalling crosses the NATs as over a relay.
@@ -18,12 +19,13 @@ from functools import partial
 import trio
 
 from fabric.core.errors import FabricError
-from fabric.core.framing import encode_frame
+from fabric.core.framing import FrameReader, encode_frame
 from fabric.core.telemetry import Counters
 from fabric.net.offers import OBSERVE_LABEL, format_address, parse_address_untrusted
 from nat.punch_config import PunchConfig
 from nat.punch_exchange_service import Surroundings
 from nat.punch_facts import UNKNOWN
+from nat.punch_messages import PROTOCOL_PUNCH, PUNCH, PunchConnect, PunchSync
 from nat.punch_service import TcpPuncher
 
 MEET_PORT = 7000
@@ -111,6 +113,7 @@ class MeetingHost:
     def __init__(self, name, ip):
         self.name, self.ip = name, ip
         self.handlers = {}
+        self.ready = None
 
     def set_handler(self, protocol, handler):
         self.handlers[protocol] = handler
@@ -118,8 +121,14 @@ class MeetingHost:
     def events(self):
         return trio.open_memory_channel(1)[1]
 
+    async def prepare(self):
+        """Connect beforehand: a stream of a daemon is no new connection either."""
+        if self.ready is None:
+            self.ready = await trio.open_tcp_stream(self.ip, MEET_PORT)
+
     async def open_stream(self, peer, protocol):
-        stream = await trio.open_tcp_stream(self.ip, MEET_PORT)
+        await self.prepare()
+        stream, self.ready = self.ready, None
         await stream.send_all(f"OPEN {self.name} {peer}\n".encode())
         return stream
 
@@ -128,7 +137,10 @@ class MeetingHost:
             while True:
                 stream = await trio.open_tcp_stream(self.ip, MEET_PORT)
                 await stream.send_all(f"LISTEN {self.name}\n".encode())
-                peer = (await read_line(stream))[0]
+                try:
+                    peer = (await read_line(stream))[0]
+                except trio.BrokenResourceError:
+                    return  # the meeting point ended first
                 nursery.start_soon(self.handle, protocol, peer, stream)
 
     async def handle(self, protocol, peer, stream):
@@ -143,12 +155,33 @@ async def echo(sock, _seconds):
                 await stream.send_all(data)
 
 
-async def commands(puncher):
+async def spoof(host, peer, addresses):
+    """Name somebody else's addresses in a CONNECT, and wait for the end of the race."""
+    stream = await host.open_stream(peer, PROTOCOL_PUNCH)
+    connect = PunchConnect(nonce=bytes(16), addresses=tuple(addresses))
+    await stream.send_all(encode_frame(PUNCH.encode(connect)))
+    reader = FrameReader(max_bytes=PUNCH.max_bytes)
+    answers = []
+    while not answers:
+        answers += reader.feed(await stream.receive_some(4096))
+    await stream.send_all(encode_frame(PUNCH.encode(PunchSync())))
+    with trio.move_on_after(10):
+        while await stream.receive_some():
+            pass
+    answer = PUNCH.decode_untrusted(answers[0])
+    print(json.dumps({"connect": isinstance(answer, PunchConnect)}), flush=True)
+
+
+async def commands(host, puncher):
     lines = trio.wrap_file(sys.stdin)
     async for line in lines:
         verb, *rest = line.split()
         if verb == "quit":
             return
+        if verb == "spoof":
+            await spoof(host, rest[0], rest[1:])
+            continue
+        await host.prepare()
         began = time.perf_counter()
         try:
             sock = await puncher.punch(rest[0])
@@ -184,7 +217,7 @@ async def end(role, name, ip, observers):
         nursery.start_soon(host.serve, "/fabric/punch/1")
         print(json.dumps({"ready": True}), flush=True)
         if role == "punch":
-            await commands(puncher)
+            await commands(host, puncher)
             nursery.cancel_scope.cancel()
 
 

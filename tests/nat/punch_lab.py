@@ -6,7 +6,8 @@
 
 Kinds: "drop" (endpoint-independent mapping, filters by address and port, silently),
 "rst" (the same, answers RST), "sym" (another port for each connection), "adf" (filters
-by address only), "public" (no NAT).
+by address only), "seq" (another port for each connection, the next one), "public" (no
+NAT).
 """
 
 import os
@@ -14,6 +15,8 @@ import shutil
 import subprocess
 
 NET = "198.51.100"
+SEQUENTIAL = 40
+"""Ports of a sequential NAT, each used once and in order."""
 
 
 def missing():
@@ -114,7 +117,10 @@ class Lab:
             self.run(nat, f"iptables {text}")
 
         how = " --random-fully" if kind == "sym" else ""
-        rule(f"-t nat -A POSTROUTING -o ext -j MASQUERADE{how}")
+        if kind == "seq":
+            self._count_ports(nat)
+        else:
+            rule(f"-t nat -A POSTROUTING -o ext -j MASQUERADE{how}")
         if kind == "adf":
             rule(
                 f"-t nat -A PREROUTING -i ext -p tcp -j DNAT --to-destination {inside}"
@@ -128,6 +134,16 @@ class Lab:
         if kind != "rst":
             rule("-A INPUT -i ext -m conntrack --ctstate NEW,INVALID -j DROP")
         rule("-A FORWARD -i ext -m conntrack --ctstate NEW,INVALID -j DROP")
+
+    def _count_ports(self, nat):
+        """The nth connection gets the nth port: a rule for each of them."""
+        for n in range(SEQUENTIAL):
+            self.run(
+                nat,
+                "iptables -t nat -A POSTROUTING -o ext -p tcp -m statistic --mode nth "
+                f"--every {SEQUENTIAL - n} --packet 0 -j MASQUERADE "
+                f"--to-ports {30_000 + n}",
+            )
 
     def _space(self, short):
         subprocess.run(["ip", "netns", "add", self.name(short)], check=True)

@@ -113,7 +113,16 @@ def test_learning(observed, known):
 
 
 @given(st.integers(1024, 65535), st.integers(-MAX_PORT_STEP, MAX_PORT_STEP))
-def test_predictions_are_ports_in_order(port, step):
+def test_predictions_are_few_ports_beyond_the_last(port, step):
     found = predict_ports(port, step)
+    assert len(found) == len(set(found)) <= 6
     assert all(1024 <= p <= 65535 for p in found)
-    assert list(found) == [port + step * k for k in range(1, len(found) + 1)]
+    assert all((p - port) * step > 0 for p in found)
+    if 1024 <= port + step <= 65535 and step:
+        assert found[0] == port + step
+
+
+def test_a_connection_in_between_is_allowed_for():
+    assert predict_ports(2000, 1) == (2001, 2002, 2003)
+    assert predict_ports(2000, 2) == (2002, 2004, 2006, 2001, 2003)
+    assert predict_ports(2000, -1) == (1999, 1998, 1997)
