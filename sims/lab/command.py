@@ -11,10 +11,10 @@ import cyclopts
 from fabric.app.cli_output import show_json, show_table, talk
 from fabric.core.errors import ConfigError
 from sims.lab.lab import Lab
-from sims.lab.measure import PairResult, all_pairs, measure_pairs
+from sims.lab.measure import PairResult, form_and_measure
 from sims.lab.topology import NatKind, Shape, Site, Topology
 
-HEADINGS = ("PAIR", "KINDS", "FIRST PATH", "FIRST RPC S", "DIRECT S", "PATH", "RTT MS")
+HEADINGS = ("PAIR", "FIRST PATH", "FIRST RPC S", "DIRECT S", "PATH", "RTT MS")
 
 
 def lab(
@@ -47,15 +47,7 @@ def lab(
     topology = topology_of(kinds, relays, delay_ms, rate_mbit)
     with Lab(topology, set) as laboratory:
         laboratory.start()
-        joined: dict[str, float] = {}
-
-        def note(host: str) -> None:
-            joined[host] = time.monotonic()
-            talk(f"{host} joined")
-
-        laboratory.form(joined=note)
-        pairs = all_pairs(laboratory.hosts)
-        results = measure_pairs(laboratory, pairs, joined, patience)
+        results = form_and_measure(laboratory, patience, tell=talk)
         if json:
             show_json(results)
         else:
@@ -102,7 +94,6 @@ def row_of(result: PairResult) -> tuple[object, ...]:
     """Return the table's row of one pair."""
     return (
         f"{result.one} {result.other}",
-        result.kinds,
         result.first_path or "-",
         result.first_rpc_seconds,
         result.direct_seconds,

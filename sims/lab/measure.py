@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -14,9 +15,10 @@ from sims.lab.expected import can_be_direct
 from sims.lab.lab import Lab
 
 FIRST_PAUSE_SECONDS = 0.05
-LONGEST_PAUSE_SECONDS = 0.5
-"""Between two questions to a daemon: it has other work than to answer us."""
-THREADS = 8
+PAUSE_SECONDS = 0.5
+"""Between two calls of a pair, later on."""
+CALLS_PER_SECOND = 100
+"""Of all pairs together, at most: daemons have other work."""
 DIRECT_PATHS = frozenset({"direct", "punched"})
 
 
@@ -76,38 +78,93 @@ def expects_direct(lab: Lab, pair: Pair) -> bool:
     return one is other or can_be_direct(one.kind.behaviour, other.kind.behaviour)
 
 
-def measure_pairs(
-    lab: Lab, pairs: Iterable[Pair], since: Mapping[str, float], patience_seconds: float
+def form_and_measure(
+    lab: Lab, patience_seconds: float, tell: Callable[[str], None] = lambda text: None
 ) -> list[PairResult]:
-    """Return what becomes of each pair within ``patience_seconds`` from now.
+    """Make one mesh of started hosts; return what becomes of all pairs.
+
+    A pair is watched from the moment that both have joined, while others join.
 
     Args:
-        lab: Its hosts have joined.
-        pairs: Watched side by side.
-        since: Monotonic time at which each host had joined.
-        patience_seconds: Of all pairs together.
+        lab: Its daemons run.
+        patience_seconds: Of all pairs together, from the last join on.
+        tell: Told who joined.
+
+    Raises:
+        FabricError: a host could not join.
     """
-    until = time.monotonic() + patience_seconds
-    with ThreadPoolExecutor(THREADS, "pair") as pool:
-        watches = [_Watch(lab, pair, since) for pair in pairs]
-        open_watches = watches
-        pause = FIRST_PAUSE_SECONDS
-        while open_watches and time.monotonic() < until:
-            done = list(pool.map(_Watch.look, open_watches))
-            pairs_left = zip(open_watches, done, strict=True)
-            open_watches = [watch for watch, finished in pairs_left if not finished]
-            time.sleep(pause)
-            pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
+    joined: dict[str, float] = {}
+
+    def note(host: str) -> None:
+        joined[host] = time.monotonic()
+        tell(f"{host} joined")
+
+    with ThreadPoolExecutor(1, "form") as pool:
+        forming = pool.submit(lab.form, (), note)
+        results = measure_pairs(
+            lab, all_pairs(lab.hosts), joined, patience_seconds, forming.done
+        )
+        forming.result()
+    return results
+
+
+def measure_pairs(
+    lab: Lab,
+    pairs: Iterable[Pair],
+    joined: Mapping[str, float],
+    patience_seconds: float,
+    formed: Callable[[], bool] = lambda: True,
+) -> list[PairResult]:
+    """Return what becomes of each pair.
+
+    Args:
+        lab: Its hosts have joined, or join meanwhile.
+        pairs: Watched side by side.
+        joined: Monotonic time at which each host had joined; may grow meanwhile.
+        patience_seconds: Of all pairs together, once everybody is there.
+        formed: Whether nobody joins any more.
+    """
+    clock = _Clock(joined, patience_seconds, formed)
+    watches = [_Watch(lab, pair, clock) for pair in pairs]
+    longest = max(PAUSE_SECONDS, len(watches) / CALLS_PER_SECOND)
+    # a call may block for seconds, and must not keep other pairs waiting
+    with ThreadPoolExecutor(max(1, len(watches)), "pair") as pool:
+        list(pool.map(lambda watch: watch.run(longest), watches))
     return [watch.result for watch in watches]
+
+
+class _Clock:
+    """When pairs begin, and when all of them have had their time."""
+
+    def __init__(
+        self, joined: Mapping[str, float], patience: float, formed: Callable[[], bool]
+    ) -> None:
+        self._joined = joined
+        self._patience = patience
+        self._formed = formed
+        self._until = math.inf
+
+    def started(self, pair: Pair) -> float | None:
+        """Return when the later of the two had joined."""
+        if pair.one not in self._joined or pair.other not in self._joined:
+            return None
+        return max(self._joined[pair.one], self._joined[pair.other])
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time to stop."""
+        if self._until == math.inf and self._formed():
+            self._until = time.monotonic() + self._patience
+        return time.monotonic() >= self._until
 
 
 class _Watch:
     """One pair: calls until the path is what it can become."""
 
-    def __init__(self, lab: Lab, pair: Pair, since: Mapping[str, float]) -> None:
+    def __init__(self, lab: Lab, pair: Pair, clock: _Clock) -> None:
         self._lab = lab
         self._pair = pair
-        self._start = max(since[pair.one], since[pair.other])
+        self._clock = clock
         topology = lab.network.topology
         kinds = [topology.site_of(host).kind for host in (pair.one, pair.other)]
         self.result = PairResult(
@@ -117,8 +174,18 @@ class _Watch:
             can_be_direct=expects_direct(lab, pair),
         )
 
-    def look(self) -> bool:
-        """Call once; return whether there is nothing more to wait for."""
+    def run(self, longest_pause: float) -> None:
+        """Call until the path is what it can become, or the time is over."""
+        pause = FIRST_PAUSE_SECONDS
+        while not self._clock.over:
+            start = self._clock.started(self._pair)
+            if start is not None:
+                if self._look(start):
+                    return
+                pause = min(pause * 1.3, longest_pause)
+            time.sleep(pause)
+
+    def _look(self, start: float) -> bool:
         client = self._lab.client(self._pair.one)
         try:
             view = next(iter(client.ping(self._lab.peer(self._pair.other), 1)))
@@ -126,7 +193,7 @@ class _Watch:
             if not self.result.connected:
                 self._note(failure=_text(exc))
             return False
-        took = round(time.monotonic() - self._start, 3)
+        took = round(time.monotonic() - start, 3)
         if not self.result.connected:
             self._note(first_path=view.path, first_rpc_seconds=took, failure="")
         if view.path in DIRECT_PATHS and self.result.direct_seconds is None:
