@@ -56,7 +56,6 @@ class _Relay:
     why: str = ""
     # of a held reservation
     held: bool = False
-    expires_at: float = 0.0
     renew_at: float = 0.0
     announced: tuple[str, ...] = ()
     limit: Limit = UNLIMITED
@@ -143,7 +142,6 @@ class Reservations:
 
     def actions(self, now: float) -> list[Action]:
         """Return what to start now; each is answered by one ``on_*``."""
-        self._expire(now)
         if not self._wanted:
             return []
         found: list[Action] = [
@@ -220,7 +218,6 @@ class Reservations:
         if not self._wanted:
             return None
         times = [r.renew_at for r in self._held() if not r.busy]
-        times += [relay.expires_at for relay in self._held()]
         if self._missing():
             times += [
                 relay.not_before
@@ -264,14 +261,12 @@ class Reservations:
             return
         life = min(max(life_seconds, MIN_LIFE_SECONDS), MAX_LIFE_SECONDS)
         known.held, known.limit, known.announced = True, limit, tuple(announced)
-        known.expires_at = now + life
         known.renew_at = now + self._config.renew_fraction * life
         known.failures, known.why = 0, ""
         if len(self._full()) >= self._config.num_relays:
             for other in self._held():
                 if not self._carries_data(other):
                     other.held, other.why = False, "it allows circuits too little"
-                    other.not_before = now + MAX_LIFE_SECONDS
 
     def on_failed(self, relay: PeerId, why: str, now: float) -> None:
         """A probe or a reservation failed, or was refused."""
@@ -295,11 +290,6 @@ class Reservations:
             self.on_failed(relay, "the connection with it ended", now)
             if relay in self._relays:
                 self._relays[relay].busy = busy  # that attempt will tell by itself
-
-    def _expire(self, now: float) -> None:
-        for peer, relay in list(self._relays.items()):
-            if relay.held and now >= relay.expires_at and not relay.busy:
-                self.on_failed(peer, "the reservation was not renewed in time", now)
 
 
 def _rtt(relay: _Relay) -> float:

@@ -181,6 +181,50 @@ def test_nothing_is_held_while_the_world_reaches_us():
     assert world.held == {"a", "b"}
 
 
+def test_a_renewal_is_asked_for_once():
+    world = World({"a": 0.01})
+    world.run(1)
+    assert world.reservations.actions(3000) == [Reserve("a")]
+    assert world.reservations.actions(3001) == []
+    assert world.held == {"a"}  # and announced meanwhile
+
+
+def test_a_relay_that_served_well_is_soon_asked_again():
+    world = World({"a": 0.01})
+    world.full.add("a")
+    world.run(200)
+    world.full.clear()
+    world.run(1000)
+    world.reservations.on_lost("a", 1000)
+    world.run(1004)
+    assert world.held == set()
+    world.run(1006)
+    assert world.held == {"a"}
+
+
+def test_what_is_granted_when_it_is_wanted_no_more_is_not_held():
+    world = World({"a": 0.01})
+    (probe,) = world.reservations.actions(0)
+    world.reservations.on_probed(probe.relay, 0.01)
+    assert world.reservations.actions(0) == [Reserve("a")]
+    world.reservations.set_wanted(False)
+    world.reservations.on_reserved("a", 3600, addrs("a"), UNLIMITED, 1)
+    assert world.held == set()
+
+
+def test_a_candidate_that_was_withdrawn_while_probed_is_not_asked():
+    world = World({"a": 0.01})
+    world.reservations.actions(0)
+    world.reservations.set_candidates({})
+    world.reservations.on_probed("a", 0.01)
+    assert world.reservations.actions(1) == []
+    for late in ("a", "gone"):  # answers to what is forgotten harm nobody
+        world.reservations.on_failed(late, "late", 1)
+        world.reservations.on_probed(late, 1)
+        world.reservations.on_reserved(late, 1, (), UNLIMITED, 1)
+    assert world.reservations.status() == ()
+
+
 def test_circuits_are_expected_from_relays_that_hold_or_are_asked():
     world = World({"a": 0.01})
     assert not world.reservations.expects("a")

@@ -101,6 +101,33 @@ def test_a_stranger_that_is_admitted_keeps_its_circuit_if_there_is_room():
     assert stranger.ends_at == 600
 
 
+def test_who_asks_for_circuits_is_limited_as_who_is_asked_for():
+    book = RelayBook(RelayConfig(max_circuits_per_peer=2))
+    for peer in "ABC":
+        reserved(book, peer)
+    for target in "AB":
+        assert isinstance(book.connect("X", target, members=True, now=0), Circuit)
+    assert book.connect("X", "C", members=True, now=0).reason == "circuits_per_peer"
+
+
+@pytest.mark.parametrize("ends", [("BA", "BC"), ("BA", "CA")])
+def test_a_peers_rate_is_that_of_all_its_circuits(ends):
+    book = RelayBook(RelayConfig(max_bytes_per_second_per_peer=1e6))
+    reserved(book, "A")
+    reserved(book, "C")
+    circuits = [book.connect(*pair, members=True, now=0) for pair in ends]
+    assert sum(greedy(book, circuits, 10).values()) / 10 == pytest.approx(1e6, rel=0.05)
+
+
+def test_who_has_asked_a_lot_is_not_forgotten():
+    rates = RequestRates(0.001, 2)
+    assert rates.allows("greedy", 0)
+    assert rates.allows("greedy", 0)
+    for i in range(2 * MAX_REQUESTERS):
+        rates.allows(f"{i}", 0)
+    assert not rates.allows("greedy", 1)
+
+
 def test_nobody_connects_with_itself():
     book = RelayBook(RelayConfig())
     reserved(book, "A")
