@@ -7,7 +7,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from fabric.app.roster import by_peer
-from fabric.core.errors import FabricError, NoRoute, PeerTimeout, RemoteRefused
+from fabric.core.errors import (
+    FabricError,
+    NoRoute,
+    PeerTimeout,
+    RemoteRefused,
+    Unavailable,
+)
 from fabric.core.ids import PeerId, short
 
 MAX_AT_ONCE = 8
@@ -86,6 +92,8 @@ async def _ask(
         scope.deadline = min(scope.deadline, latest)
     except FabricError as exc:
         answers.failures[peer] = exc
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+        answers.failures[peer] = Unavailable(f"connection broke: {exc!r}")
     except trio.TooSlowError:
         answers.failures[peer] = PeerTimeout(
             f"{short(peer)} did not finish within {attempt.seconds:g} s"
