@@ -51,7 +51,6 @@ class LeaseKeeper:
         self._config = config
         self._outbox = outbox
         self._rng = rng
-        self._conflicts: dict[int, int] = {}
         self.leases = {port.internal_port: Lease(port, rng) for port in ports}
         self.gateway: Gateway | None = None
         self.method: Method | None = None
@@ -98,7 +97,6 @@ class LeaseKeeper:
     def start(self, method: Method, now: float) -> None:
         """Map every port by ``method``."""
         self.method = method
-        self._conflicts.clear()
         for lease in self.leases.values():
             lease.refusal = ""
             self.ask(lease, now)
@@ -179,7 +177,6 @@ class LeaseKeeper:
             self._lose(lease, f"the router moved it to {external_ip}:{external_port}")
         fresh = lease.mapping is None
         lease.grant(mapping, self._config, now)
-        self._conflicts.pop(lease.internal_port, None)
         if fresh:
             self._outbox.emit(Mapped(mapping))
 
@@ -198,15 +195,12 @@ class LeaseKeeper:
         """Ask for another external port, a bounded number of times."""
         lease.settle()
         self._lose(lease, "the router gave its port to another host")
-        tried = self._conflicts[lease.internal_port] = (
-            self._conflicts.get(lease.internal_port, 0) + 1
-        )
-        if tried > MAX_CONFLICTS:
-            self._conflicts.pop(lease.internal_port)
-            self.on_refused(lease, f"{tried} external ports are taken", 0.0, now)
-            return
         lease.take_other_port()
-        self.ask(lease, now)
+        if lease.conflicts > MAX_CONFLICTS:  # one more at each retry from now on
+            reason = f"{lease.conflicts} external ports are taken"
+            self.on_refused(lease, reason, 0.0, now)
+        else:
+            self.ask(lease, now)
 
     def on_external_ip(self, external_ip: str, now: float) -> None:
         """Note what NAT-PMP says; mappings at another address are moved there."""
@@ -225,9 +219,8 @@ class LeaseKeeper:
             if now >= lease.expires_at:
                 self._lose(lease, "the router did not renew it")
                 lease.refusal = "the router stopped answering"
-                if not lease.pending:
-                    self.ask(lease, now)
-                lease.give_up_at = now + self._patience()
+                if lease.pending:
+                    lease.give_up_at = now + self._patience()
             if now >= lease.give_up_at:
                 self.on_refused(lease, "the router does not answer", 0.0, now)
             elif now >= lease.renew_at:

@@ -55,6 +55,7 @@ class Lease:
         calling: Whether a UPnP call is in flight.
         verifying: Whether an unanswered request means that the mapping is gone.
         refusal: The last refusal, or "".
+        conflicts: External ports that others had, since the last grant.
     """
 
     def __init__(self, wanted: WantedPort, rng: random.Random) -> None:
@@ -73,6 +74,7 @@ class Lease:
         self.renew_at = inf
         self.expires_at = inf
         self.refusal = ""
+        self.conflicts = 0
         self.settle()
 
     @property
@@ -98,6 +100,7 @@ class Lease:
         """Hold ``mapping`` and plan its renewal."""
         self.settle()
         self.refusal = ""
+        self.conflicts = 0
         self.mapping = mapping
         half = mapping.lease_seconds / 2
         self.expires_at = now + mapping.lease_seconds
@@ -114,6 +117,7 @@ class Lease:
 
         A random one, so that hosts that all want the same do not meet again.
         """
+        self.conflicts += 1
         self.asked_port = self._rng.randint(*_RANDOM_PORTS)
 
     def next_timeout(self) -> float:

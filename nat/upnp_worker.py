@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from typing import Protocol, cast
 
 from fabric.core.codec import Codec
@@ -130,9 +131,10 @@ def find_description(gateway: str, source: str) -> str:
         while now < deadline:
             if now >= repeat_at:
                 repeat_at = now + _REPEAT_SECONDS
-                for target in TARGETS:
-                    sock.sendto(encode_search(target), MULTICAST)
-                    sock.sendto(encode_search(target), (gateway, PORT))
+                for address in (MULTICAST, (gateway, PORT)):
+                    with suppress(OSError):  # one of the two may have no route
+                        for target in TARGETS:
+                            sock.sendto(encode_search(target), address)
             ready, _, _ = select.select([sock], [], [], min(repeat_at, deadline) - now)
             now = time.monotonic()
             if not ready:
@@ -198,7 +200,8 @@ def _add(device: Device, external: int, internal: int, lease: int) -> None:
 
 def _unmap(device: Device, request: UpnpUnmap) -> UpnpAnswer:
     ours = (device.lanaddr, request.internal_port)
-    if _holder(device, request.external_port) == ours:
+    # some routers look nothing up: a port that we asked for and nobody has is ours
+    if _holder(device, request.external_port) in (None, ours):
         device.deleteportmapping(request.external_port, "TCP")
     return UpnpUnmapped(internal_port=request.internal_port)
 

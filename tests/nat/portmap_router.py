@@ -36,6 +36,8 @@ class Router:
         self.speaks = set(speaks)
         self.external_ip = external_ip
         self.refuses = False
+        self.refused_ports = set()
+        self.mapless = False  # answers, but not to requests for mappings
         self.max_lease = 1 << 31
         self.started = 0.0
         self.table = {}  # external port -> (client, internal port, expires)
@@ -80,7 +82,7 @@ class Router:
                 return self._upnp_map(request, now)
 
     def _upnp_map(self, request, now):
-        if self.refuses:
+        if self._refused(request.internal_port):
             reason = "Action not authorized"
             return UpnpFailed(internal_port=request.internal_port, reason=reason)
         holder = self._holder(request.external_port, now)
@@ -109,7 +111,7 @@ class Router:
         internal = int.from_bytes(body[16:18], "big")
         wanted = int.from_bytes(body[18:20], "big")
         external, life = self._grant(internal, wanted, life, now)
-        result = 2 if self.refuses else 0
+        result = 2 if self._refused(internal) else 0
         head = bytes([2, 0x81, 0, result]) + life.to_bytes(4, "big")
         address = portmap_pcp.pack_address(self.external_ip)
         ports = internal.to_bytes(2, "big") + external.to_bytes(2, "big")
@@ -119,16 +121,18 @@ class Router:
         if data[1] == 0:
             packed = portmap_pcp.pack_address(self.external_ip)[12:]
             return bytes([0, 0x80, 0, 0]) + self._epoch(now) + packed
+        if self.mapless:
+            return None
         internal = int.from_bytes(data[4:6], "big")
         wanted = int.from_bytes(data[6:8], "big")
         life = int.from_bytes(data[8:12], "big")
         external, life = self._grant(internal, wanted, life, now)
-        result = 2 if self.refuses else 0
+        result = 2 if self._refused(internal) else 0
         head = bytes([0, 0x82, 0, result]) + self._epoch(now)
         return head + data[4:6] + external.to_bytes(2, "big") + life.to_bytes(4, "big")
 
     def _grant(self, internal, wanted, life, now):
-        if self.refuses:
+        if self._refused(internal) and life:
             return 0, life
         if life == 0:
             self._remove(internal)
@@ -142,6 +146,9 @@ class Router:
         life = min(life, self.max_lease)
         self.table[wanted] = (GATEWAY.source, internal, now + life)
         return wanted, life
+
+    def _refused(self, internal):
+        return self.refuses or internal in self.refused_ports
 
     def _holder(self, external, now):
         who, port, expires = self.table.get(external, ("", 0, 0.0))
@@ -172,6 +179,7 @@ class Home:
         self.lossy = False
         self.events = []
         self.sent = 0
+        self.proven = {}  # internal port -> until when the router said it would hold
 
     def join(self, gateway=GATEWAY):
         self.mapper.on_network_change(gateway, self.now)
@@ -190,19 +198,25 @@ class Home:
 
     def _carry(self, command):
         self.sent += 1
-        if isinstance(command, SendDatagram):
-            answer = (
-                None if self.lossy else self.router.datagram(command.data, self.now)
-            )
+        datagram = isinstance(command, SendDatagram)
+        if datagram and self.lossy:
+            return
+        if datagram:
+            answer = self.router.datagram(command.data, self.now)
             if answer is not None:
                 self.mapper.receive_untrusted(answer, self.now)
-            return
-        if self.lossy:
-            port = getattr(command.request, "internal_port", 0)
-            answer = UpnpFailed(internal_port=port, reason="no answer in 6 s")
         else:
-            answer = self.router.call(command.request, self.now)
-        self.mapper.on_upnp(command.token, answer, self.now)
+            answer = self._call(command.request)
+            self.mapper.on_upnp(command.token, answer, self.now)
+        for who, internal, expires in self.router.table.values():
+            if who == GATEWAY.source and not self.lossy:
+                self.proven[internal] = expires
+
+    def _call(self, request):
+        if not self.lossy:
+            return self.router.call(request, self.now)
+        port = getattr(request, "internal_port", 0)
+        return UpnpFailed(internal_port=port, reason="no answer in 6 s")
 
     def run(self, seconds):
         """Let ``seconds`` of virtual time pass."""
@@ -240,3 +254,7 @@ class Home:
             elif isinstance(event, Lost):
                 assert places.pop(event.mapping.internal_port, None) is not None
         return places
+
+
+def upnp_calls(home):
+    return [call for call in home.mapper.take_commands() if hasattr(call, "token")]
