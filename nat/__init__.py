@@ -1,1 +1,1 @@
-"""nat: see ARCHITECTURE.md."""
+"""Ways to peers behind NATs, put together in ``service.py``; see ARCHITECTURE.md."""

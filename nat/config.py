@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from nat.discovery_config import DiscoveryConfig
-from nat.portmap_config import PortMapConfig
-from nat.probe_config import ProbeConfig
-from nat.punch_config import PunchConfig
-from nat.reachability_config import ReachabilityConfig
-from nat.relay_config import CircuitConfig, RelayConfig
+from nat.discovery.config import DiscoveryConfig
+from nat.portmap.config import PortMapConfig
+from nat.probe.config import ProbeConfig
+from nat.punch.config import PunchConfig
+from nat.reachability.config import ReachabilityConfig
+from nat.relay.config import CircuitConfig, RelayConfig
 
 
 class NatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,9 +11,9 @@ from fabric.core.telemetry import Counters
 from fabric.net.data_plane import DataPlane
 from fabric.net.ports import Gate
 from fabric.net.traversal_api import TraversalHost
-from nat.autonat_service import DialBackPort
-from nat.netwatch import NetworkChanged
-from nat.reachability_survey_service import Identify
+from nat.reachability.autonat_service import DialBackPort
+from nat.reachability.netwatch import NetworkChanged
+from nat.reachability.survey_service import Identify
 
 Learn = Callable[[str, Mapping[PeerId, Sequence[str]]], None]
 """Takes addresses of peers as hints; the first argument is who says so."""

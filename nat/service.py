@@ -29,28 +29,28 @@ from nat.addresses import (
     classify,
     endpoint_of,
 )
-from nat.autonat_service import AutonatService
-from nat.circuit_service import CircuitService
 from nat.config import NatConfig
-from nat.dcutr_round_service import ControlSurroundings
-from nat.dcutr_service import DcutrService
-from nat.discovery_service import DiscoveryPorts, DiscoveryService
-from nat.mdns_service import MdnsService
+from nat.discovery.mdns_service import MdnsService
+from nat.discovery.service import DiscoveryPorts, DiscoveryService
 from nat.multiaddr_bytes import tcp_multiaddr
-from nat.netwatch import NetworkChanged
-from nat.netwatch_service import NetworkWatcher, open_netwatch
-from nat.portmap_lease import WantedPort
-from nat.portmap_service import PortMapping, open_port_mapping
+from nat.portmap.lease import WantedPort
+from nat.portmap.service import PortMapping, open_port_mapping
 from nat.ports import TraversalBase, TraversalNeeds
-from nat.punch_exchange_service import Surroundings as PunchSurroundings
-from nat.punch_service import TcpPuncher
-from nat.reachability_service import (
+from nat.punch.dcutr_round_service import ControlSurroundings
+from nat.punch.dcutr_service import DcutrService
+from nat.punch.exchange_service import Surroundings as PunchSurroundings
+from nat.punch.service import TcpPuncher
+from nat.punch.upgrade_service import UpgradeService
+from nat.reachability.autonat_service import AutonatService
+from nat.reachability.netwatch import NetworkChanged
+from nat.reachability.netwatch_service import NetworkWatcher, open_netwatch
+from nat.reachability.service import (
     ReachabilityService,
     Surroundings,
     open_reachability,
 )
-from nat.relay_service import RelayService
-from nat.upgrade_service import UpgradeService
+from nat.relay.circuit_service import CircuitService
+from nat.relay.service import RelayService
 from nat.vantage import Vantage, control_port
 
 log = logging.getLogger(__name__)

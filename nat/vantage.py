@@ -16,13 +16,13 @@ from nat.addresses import (
     rank_addresses,
     worth_dialling,
 )
-from nat.circuit_addresses import CIRCUIT
 from nat.multiaddr_bytes import tcp_multiaddr
-from nat.netwatch_service import NetworkWatcher
-from nat.portmap_service import PortMapping
-from nat.punch_facts import Mapping, NatFacts
-from nat.reachability import filtering_of
-from nat.reachability_service import ReachabilityService
+from nat.portmap.service import PortMapping
+from nat.punch.facts import Mapping, NatFacts
+from nat.reachability.core import filtering_of
+from nat.reachability.netwatch_service import NetworkWatcher
+from nat.reachability.service import ReachabilityService
+from nat.relay.circuit_addresses import CIRCUIT
 
 MAX_DATA_ADDRESSES = 8
 _PUNCH_WORDS: dict[str, Mapping] = {

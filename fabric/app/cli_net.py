@@ -16,7 +16,7 @@ from fabric.app.cli_output import (
 from fabric.app.client import connect
 from fabric.app.control_messages import PingView
 from fabric.core.ids import short
-from nat.doctor_findings import Finding
+from nat.doctor.findings import Finding
 
 FAILED, NOT_CONNECTED = 1, 3
 """Exit codes of ``fabric doctor``; 0 when nothing fails."""

@@ -27,7 +27,7 @@ from fabric.app.home import Home
 from fabric.core.errors import FabricError, PeerTimeout, Unavailable
 from fabric.jobs.spec import CODEC, JobSpec, load_spec
 from fabric.jobs.spec import spec_of as spec_of_tree
-from nat.doctor_findings import Finding
+from nat.doctor.findings import Finding
 
 T = TypeVar("T")
 RECEIVE_BYTES = 1 << 16

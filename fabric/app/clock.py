@@ -11,7 +11,7 @@ import trio
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import PeerId
 from fabric.net.rpc_api import Rpc
-from nat.doctor_facts import ClockSample
+from nat.doctor.facts import ClockSample
 
 CLOCK = "node.clock"
 """RPC method that answers with Unix seconds, one big-endian double."""

@@ -114,7 +114,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 class Doctor(msgspec.Struct, frozen=True, tag="doctor"):
     """Say what keeps peers from connecting; with ``peer``, the whole chain to it.
 
-    Each item is a ``nat.doctor_findings.Finding``.
+    Each item is a ``nat.doctor.findings.Finding``.
     """
 
     peer: Text = ""

@@ -11,7 +11,7 @@ from fabric.app import control_messages as m
 from fabric.app.diagnose import collect
 from fabric.app.explain import connection_kinds, path_of
 from fabric.app.session import HELLO, Session
-from nat.doctor import diagnose
+from nat.doctor.core import diagnose
 
 PING_SECONDS = 10.0
 MAX_PINGS = 100_000

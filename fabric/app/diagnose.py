@@ -1,4 +1,4 @@
-"""Collect the doctor's facts from a running session; ``nat/doctor.py`` judges them.
+"""Collect the doctor's facts from a session; ``nat/doctor/core.py`` judges them.
 
 Each part runs by itself under a bound and may fail or be absent: what is missing stays
 None, which the doctor reports as "not measured".
@@ -21,7 +21,7 @@ from fabric.app.peer_facts import collect_peer
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId
 from fabric.net.ports import LinkMeasurement
-from nat.doctor_facts import (
+from nat.doctor.facts import (
     CircuitTried,
     Facts,
     PortMapping,

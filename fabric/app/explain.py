@@ -11,8 +11,8 @@ from fabric.app.peer_facts import collect_peer
 from fabric.app.session import Session
 from fabric.core.ids import PeerId
 from fabric.net.ports import LinkMeasurement
-from nat.doctor_facts import Facts, PeerFacts
-from nat.doctor_peer import diagnose_peer, why_not_better
+from nat.doctor.facts import Facts, PeerFacts
+from nat.doctor.peer import diagnose_peer, why_not_better
 
 WHY_SECONDS = 5.0
 """Bound of dialling a peer's addresses for an explanation."""

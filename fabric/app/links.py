@@ -12,8 +12,8 @@ from crdt_store.link_views import LinkRecord, PublishedLink
 from fabric.core.errors import FabricError
 from fabric.core.ids import JobId, PeerId
 from fabric.net.ports import LinkMeasurement
-from nat.probe_config import ProbeConfig
-from nat.probe_publish import LinkSheet
+from nat.probe.config import ProbeConfig
+from nat.probe.publish import LinkSheet
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ Members = Callable[[], Mapping[JobId, Iterable[PeerId]]]
 
 
 class LinkSource(Protocol):
-    """What measures: ``nat.probe_service.ProbeService``."""
+    """What measures: ``nat.probe.service.ProbeService``."""
 
     def set_members(self, members: Iterable[PeerId]) -> None:
         """Keep the links with these peers measured."""

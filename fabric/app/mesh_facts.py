@@ -22,7 +22,7 @@ from fabric.app.peer_names import name_of
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId, short
 from nat.addresses import endpoint_of
-from nat.doctor_facts import (
+from nat.doctor.facts import (
     ClockSample,
     Dialled,
     Link,

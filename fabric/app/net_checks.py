@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from nat.addresses import endpoint_of
-from nat.doctor_facts import Dialled
+from nat.doctor.facts import Dialled
 
 DIAL_SECONDS = 3.0
 """A TCP handshake that takes longer is one that people call broken."""

@@ -11,7 +11,7 @@ from fabric.app.peer_names import name_of
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId
 from fabric.net.ports import PROTOCOL_RPC, Decision
-from nat.doctor_facts import Dialled, PeerFacts, Refusal
+from nat.doctor.facts import Dialled, PeerFacts, Refusal
 
 if TYPE_CHECKING:
     from fabric.app.diagnose import Traversal

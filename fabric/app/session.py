@@ -37,7 +37,7 @@ from fabric.net.data_plane import DataPlane
 from fabric.net.libp2p_host import Libp2pHost
 from fabric.net.paths import WorkerPaths
 from fabric.net.rpc import RpcService
-from nat.probe_service import ProbeService
+from nat.probe.service import ProbeService
 
 log = logging.getLogger(__name__)
 

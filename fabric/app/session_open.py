@@ -71,7 +71,7 @@ from fabric.net.rpc import RpcService, open_rpc
 from inference.service import ServeService
 from inference.stage_service import RunnerPorts
 from nat.ports import TraversalBase
-from nat.probe_service import LinkSenses, open_link_probe
+from nat.probe.service import LinkSenses, open_link_probe
 from nat.service import open_traversal
 from training.service import train_runner_factory
 

@@ -15,10 +15,9 @@ from fabric.core.ids import PeerId
 from fabric.net.data_plane import DataPlane
 from fabric.net.ports import LinkMeasurement, LinkProbe
 from fabric.net.rpc import RpcService
-from nat.circuit_addresses import CIRCUIT
 from nat.config import NatConfig
-from nat.discovery import namespace_of, order_points
-from nat.doctor_facts import (
+from nat.discovery.core import namespace_of, order_points
+from nat.doctor.facts import (
     CircuitTried,
     PortMapping,
     Punched,
@@ -26,10 +25,11 @@ from nat.doctor_facts import (
     Refusal,
     Relays,
 )
-from nat.doctor_sources import from_mappings, from_relays, from_report
-from nat.netwatch import NetworkChanged
+from nat.doctor.sources import from_mappings, from_relays, from_report
 from nat.ports import TraversalNeeds
-from nat.punch_facts import FAILED
+from nat.punch.facts import FAILED
+from nat.reachability.netwatch import NetworkChanged
+from nat.relay.circuit_addresses import CIRCUIT
 from nat.service import Traversal
 
 RELAY_ROLE = "relay"

@@ -204,7 +204,7 @@ class RouterLab:
         """Run ``portmap_host`` in a host; it leaves when the block ends."""
         process = await trio.lowlevel.open_process(
             ["ip", "netns", "exec", self.name(f"h{index}"), sys.executable]
-            + ["-m", "tests.nat.portmap_host", "--config", json.dumps(settings)]
+            + ["-m", "tests.nat.portmap.portmap_host", "--config", json.dumps(settings)]
             + [str(port) for port in ports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

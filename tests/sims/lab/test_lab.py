@@ -30,7 +30,7 @@ class TestResult:
     def test_a_row_marks_what_should_be_better(self):
         row = row_of(result(can_be_direct=True, first_path="relay", path="relay"))
         assert row[0] == "a b"
-        assert row[5] == "relay !"
+        assert row[4] == "relay !"
 
     def test_pairs(self):
         assert all_pairs("abc") == [Pair("a", "b"), Pair("a", "c"), Pair("b", "c")]

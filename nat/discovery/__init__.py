@@ -1,0 +1,1 @@
+"""How peers find each other: mDNS, rendezvous, islands that merge."""

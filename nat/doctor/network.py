@@ -1,0 +1,134 @@
+"""What the doctor says of the network: NAT, port mapping, relay, MTU."""
+
+from __future__ import annotations
+
+from nat.doctor.facts import Facts
+from nat.doctor.findings import (
+    Finding,
+    counted,
+    fail,
+    listed,
+    milliseconds,
+    not_measured,
+    ok,
+    warn,
+)
+
+MIN_MTU_BYTES = 1280
+"""What every IPv6 link carries (RFC 8200 section 5); below it a tunnel is wrong."""
+
+
+def reachability(facts: Facts) -> Finding:
+    """Judge whether others reach us without help."""
+    name, reach = "reachability", facts.reachability
+    if reach is None:
+        return not_measured(name, "connect with public members: they dial back")
+    said = f" ({reach.reason})" if reach.reason else ""
+    sure = f"{reach.confidence} confidence"
+    if reach.verdict == "public":
+        return ok(name, f"public at {reach.external or 'all addresses'}, {sure}{said}")
+    if reach.verdict == "private":
+        return ok(name, f"private, {sure}{said}: others reach us by punching or relay")
+    return warn(
+        name,
+        "E_REACHABILITY_UNKNOWN",
+        f"unknown, {counted(reach.num_observers, 'observer')}{said}",
+        "wait for two members outside this network, or start a public one",
+    )
+
+
+def nat(facts: Facts) -> Finding:
+    """Judge what our NAT does with a port."""
+    name, reach = "nat", facts.reachability
+    if reach is None or reach.mapping == "unknown":
+        return not_measured(name, "connect with two public members: they tell the port")
+    at = f" at {reach.external}" if reach.external else ""
+    if reach.mapping == "none":
+        return ok(name, f"none in between{at}")
+    if reach.mapping == "endpoint_independent":
+        return ok(name, f"one mapping for all destinations{at}: punching works")
+    counted = ", ports count up and are guessed" if reach.sequential else ""
+    if reach.verdict == "public":
+        return ok(name, f"maps per destination{counted}, but a port leads to us")
+    return warn(
+        name,
+        "E_NAT_SYMMETRIC",
+        f"maps per destination (symmetric NAT){at}{counted}",
+        "enable UPnP or forward a TCP port on the router, or use IPv6; until then "
+        "peers behind such a NAT are reached through a relay",
+    )
+
+
+def port_mapping(facts: Facts) -> Finding:
+    """Judge whether the router grants a port."""
+    name, mapping = "port-mapping", facts.port_mapping
+    if facts.reachability is not None and facts.reachability.verdict == "public":
+        return ok(name, "not needed: public")
+    if mapping is None:
+        return not_measured(
+            name, "enable UPnP on the router, or forward a TCP port to this machine"
+        )
+    if mapping.mapped and mapping.public:
+        return ok(name, f"{listed(mapping.mapped)} by {mapping.method or 'the router'}")
+    if mapping.mapped:
+        return warn(
+            name,
+            "E_MAPPING_PRIVATE",
+            f"the router maps {listed(mapping.mapped)}, which is not public either",
+            "a second router is in between (carrier-grade NAT): ask the provider for "
+            "a public address, or use IPv6",
+        )
+    no = mapping.refusal
+    return warn(
+        name,
+        no.code if no else "E_NO_MAPPING",
+        no.reason if no else "no router grants a port",
+        (no.next_step if no else "") or "enable UPnP or NAT-PMP on the router",
+    )
+
+
+def relay(facts: Facts) -> Finding:
+    """Judge whether others reach us through a relay."""
+    name, relays = "relay", facts.relays
+    if facts.reachability is not None and facts.reachability.verdict == "public":
+        return ok(name, "not needed: public")
+    if relays is None:
+        return not_measured(name, "connect with a public member that relays")
+    held = [
+        each.relay
+        + (f" {milliseconds(each.rtt_seconds)}" if each.rtt_seconds is not None else "")
+        for each in relays.held
+    ]
+    said = "; ".join(f"{relay}: {no.code} {no.reason}" for relay, no in relays.refused)
+    if len(held) >= relays.wanted:
+        return ok(name, f"slots at {listed(held)}")
+    if held:
+        return warn(
+            name,
+            "E_RELAY_FEW",
+            f"slot at {listed(held)} only" + (f"; {said}" if said else ""),
+            "let another public member relay: `fabric up --set mesh.relay_ok=true`",
+        )
+    return fail(
+        name,
+        "E_NO_RELAY",
+        f"no slot at any relay{f': {said}' if said else ''}",
+        "start a member on a public address with mesh.relay_ok=true",
+    )
+
+
+def mtu(facts: Facts) -> Finding:
+    """Judge the size of packets that pass."""
+    name = "mtu"
+    if not facts.mtus:
+        return not_measured(name, "connect with a member directly")
+    least = min(facts.mtus, key=lambda path: path.mtu_bytes)
+    text = f"{least.mtu_bytes} B (segments of {least.mss_bytes} B) to {least.peer}"
+    if least.mtu_bytes < MIN_MTU_BYTES:
+        return warn(
+            name,
+            "E_MTU_SMALL",
+            text,
+            "raise the MTU of the tunnel or VPN in between to 1280 B or more",
+        )
+    return ok(name, text)

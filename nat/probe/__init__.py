@@ -1,0 +1,1 @@
+"""Round trip and bandwidth of links between members."""

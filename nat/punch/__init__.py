@@ -1,0 +1,1 @@
+"""Hole punching: TCP simultaneous open, DCUtR, spares, upgrades of relayed paths."""

@@ -1,0 +1,1 @@
+"""Who reaches us: observed addresses, AutoNAT, the verdict, changes of the network."""
