@@ -5,7 +5,7 @@ import trio
 from fabric.app.links import LOOK_SECONDS, publish_links
 from fabric.core.errors import ResourceExhausted
 from fabric.net.ports import LinkMeasurement
-from nat.probe_config import ProbeConfig
+from nat.probe.config import ProbeConfig
 
 
 class Source:

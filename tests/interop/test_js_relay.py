@@ -9,9 +9,9 @@ from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import BUGS, Counters
 from fabric.net.config import HostConfig
 from fabric.net.libp2p_host import open_host
-from nat.circuit_service import CircuitService
-from nat.relay_config import CircuitConfig, RelayConfig
-from nat.relay_service import RelayService
+from nat.relay.circuit_service import CircuitService
+from nat.relay.config import CircuitConfig, RelayConfig
+from nat.relay.service import RelayService
 from tests.net.check_host import ListGate, echo
 
 ECHO = "/fabric/interop/echo/1"
