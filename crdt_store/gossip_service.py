@@ -10,15 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from crdt_store.config import StoreConfig
-from crdt_store.entry import Entry, Slot
-from crdt_store.messages import MAX_CARRIED, MAX_PUSH_BYTES, PUSH, Push
+from crdt_store.entry import Entry
+from crdt_store.messages import PUSH
+from crdt_store.push_queue import PushQueue
 from fabric.core.errors import RemoteProtocolError, ResourceExhausted, Unavailable
 from fabric.core.ids import MeshId, PeerId
 from fabric.core.telemetry import DROPPED, PROTOCOL_ERRORS, Counters
 from fabric.net.ports import Broadcast
-
-_HEADER_BYTES = 8
-"""msgpack header of one entry in a push, rounded up."""
 
 Ingest = Callable[[Sequence[bytes], PeerId], Awaitable[None]]
 
@@ -44,43 +42,32 @@ class Gossip:
         self._broadcast = broadcast
         self._ingest = ingest
         self._counters = counters
-        self._backlog: dict[Slot, bytes] = {}
+        self._queue = PushQueue(config)
         self._wake = trio.Event()
 
     def push(self, entry: Entry) -> None:
         """Send ``entry`` soon; a later one of its slot takes its place."""
-        full = len(self._backlog) >= self._config.max_push_backlog
-        if full and entry.slot not in self._backlog:
+        if not self._queue.add(entry, trio.current_time()):
             self._counters.add(DROPPED, label="store_push")
-            return
-        self._backlog[entry.slot] = entry.raw
         self._wake.set()
 
     async def run_push(self) -> None:
-        """Send batches, paced, until cancelled."""
+        """Send what the queue gives, when it gives it, until cancelled."""
         while True:
             await self._wake.wait()
-            await trio.sleep(self._config.push_batch_seconds)
             self._wake = trio.Event()
-            while self._backlog:
-                payload = PUSH.encode(Push(self._next_batch()))
-                try:
-                    with trio.move_on_after(self._config.sync_timeout_seconds):
-                        await self._broadcast.publish(self._topic, payload)
-                except (Unavailable, ResourceExhausted):
-                    self._counters.add(DROPPED, label="store_push")
-                await trio.sleep(self._config.push_interval_seconds)
+            while (due := self._queue.next_at) is not None:
+                await trio.sleep_until(due)
+                payload = self._queue.take(trio.current_time())
+                if payload is not None:
+                    await self._publish(payload)
 
-    def _next_batch(self) -> tuple[bytes, ...]:
-        batch: list[bytes] = []
-        room = MAX_PUSH_BYTES
-        for slot, raw in list(self._backlog.items()):
-            room -= len(raw) + _HEADER_BYTES
-            if room < 0 or len(batch) == MAX_CARRIED:
-                break
-            batch.append(raw)
-            del self._backlog[slot]
-        return tuple(batch)
+    async def _publish(self, payload: bytes) -> None:
+        try:
+            with trio.move_on_after(self._config.sync_timeout_seconds):
+                await self._broadcast.publish(self._topic, payload)
+        except (Unavailable, ResourceExhausted):
+            self._counters.add(DROPPED, label="store_push")
 
     async def run_receive(
         self, pushes: trio.MemoryReceiveChannel[tuple[PeerId, bytes]]

@@ -1,4 +1,4 @@
-"""Reconciliation over RPC: when, with whom, and within which bounds."""
+"""Reconciliation over RPC, when :class:`crdt_store.schedule.SyncSchedule` says so."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from crdt_store.config import StoreConfig
 from crdt_store.messages import SYNC_METHOD, Ask
 from crdt_store.reconcile import Session, answer, parse_request_untrusted
 from crdt_store.replica import Replica
+from crdt_store.schedule import SyncSchedule
 from fabric.core.errors import FabricError, PeerTimeout
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import Counters
 from fabric.net.rpc_api import Rpc
 
 _LOG = logging.getLogger(__name__)
-_MAX_RUNNING = 4
-"""Sessions at once: after a mass reconnect the rest wait for a later look."""
 
 Ingest = Callable[[Sequence[bytes], PeerId], Awaitable[None]]
 
@@ -52,11 +51,9 @@ class Reconciler:
         self._rpc = rpc
         self._ingest = ingest
         self._counters = counters
-        self._rng = rng
         self._num_members = num_members
         self._on_synced = on_synced
-        self._running: set[PeerId] = set()
-        self._seen: frozenset[PeerId] = frozenset()
+        self._schedule = SyncSchedule(config, rng, trio.current_time(), num_members())
         rpc.register_async(SYNC_METHOD, self.serve_untrusted)
 
     async def serve_untrusted(self, peer: PeerId, data: bytes) -> bytes:
@@ -80,7 +77,7 @@ class Reconciler:
             RemoteProtocolError: the peer answered with nonsense.
             RemoteRefused: the peer declined.
         """
-        self._running.add(peer)
+        self._schedule.began(peer)
         sent = received = 0
         session = Session(self._replica)
         try:
@@ -94,7 +91,7 @@ class Reconciler:
                 f"reconciliation with {short(peer)} took too long"
             ) from exc
         finally:
-            self._running.discard(peer)
+            self._schedule.ended(peer)
         self._on_synced()
         self._counters.add("store_syncs_total")
         self._counters.add("store_sync_bytes", sent + received)
@@ -102,29 +99,12 @@ class Reconciler:
 
     async def run(self) -> None:
         """Reconcile with each new connection, and with a random peer per period."""
-        next_round = trio.current_time() + self._period()
         async with trio.open_nursery() as nursery:
             while True:
-                connected = self._rpc.connected()
-                for peer in connected - self._seen:
-                    if len(self._running) < _MAX_RUNNING:
-                        self._seen |= {peer}
-                        self._begin(nursery, peer)
-                self._seen &= connected
-                if trio.current_time() >= next_round:
-                    next_round = trio.current_time() + self._period()
-                    idle = sorted(connected - self._running)
-                    if idle and len(self._running) < _MAX_RUNNING:
-                        self._begin(nursery, self._rng.choice(idle))
+                connected, members = self._rpc.connected(), self._num_members()
+                for peer in self._schedule.due(trio.current_time(), connected, members):
+                    nursery.start_soon(self._try, peer)
                 await trio.sleep(self._config.connect_poll_seconds)
-
-    def _period(self) -> float:
-        grown = self._num_members() * self._config.sync_seconds_per_member
-        return max(self._config.sync_period_seconds, grown)
-
-    def _begin(self, nursery: trio.Nursery, peer: PeerId) -> None:
-        self._running.add(peer)
-        nursery.start_soon(self._try, peer)
 
     async def _try(self, peer: PeerId) -> None:
         try:
@@ -132,5 +112,3 @@ class Reconciler:
         except FabricError as exc:
             self._counters.add("store_sync_failures_total", label=exc.code)
             _LOG.debug("store.sync_failed peer=%s reason=%s", short(peer), exc.reason)
-        finally:
-            self._running.discard(peer)
