@@ -126,7 +126,8 @@ class AdmissionExchanges:
                     return
                 try:
                     with self._exchange(peer):
-                        await self._verify(peer, messages)
+                        exchange = VerifierExchange(self._side(peer, stream))
+                        await self._verify(peer, messages, exchange)
                 finally:
                     self._limits.end(peer)
         except RemoteProtocolError:
@@ -138,7 +139,7 @@ class AdmissionExchanges:
         stream = await self._host.open_stream(peer, PROTOCOL_ATTEST)
         async with stream:
             messages = MessageStream(stream, max_bytes=MAX_MESSAGE_BYTES)
-            exchange = JoinerExchange(self._side(peer))
+            exchange = JoinerExchange(self._side(peer, stream))
             await messages.send(exchange.hello(self._ports.credential()))
             reply = exchange.receive_untrusted(await messages.receive())
             if isinstance(reply, Proof):
@@ -182,8 +183,9 @@ class AdmissionExchanges:
                 code=E_NOT_ATTESTED,
             )
 
-    async def _verify(self, peer: PeerId, messages: MessageStream) -> None:
-        exchange = VerifierExchange(self._side(peer))
+    async def _verify(
+        self, peer: PeerId, messages: MessageStream, exchange: VerifierExchange
+    ) -> None:
         hello = exchange.receive_hello_untrusted(await messages.receive())
         if isinstance(hello, Refused):
             await self._refuse(messages, hello)
@@ -250,8 +252,8 @@ class AdmissionExchanges:
                 if state is State.CHALLENGED:
                     self._standings.apply(peer, Event.UNREACHABLE)
 
-    def _side(self, peer: PeerId) -> Side:
-        channel = self._host.channel_binding(peer)
+    def _side(self, peer: PeerId, stream: trio.abc.Stream) -> Side:
+        channel = self._host.channel_binding(peer, stream)
         return Side(self._local, peer, channel, os.urandom(NONCE_BYTES))
 
 

@@ -85,12 +85,14 @@ class Host(Protocol):
         """Close every control connection with ``peer``."""
         ...
 
-    def channel_binding(self, peer: PeerId) -> bytes:
-        """Return bytes that both ends of the live connection, and no other, share.
+    def channel_binding(self, peer: PeerId, stream: trio.abc.Stream) -> bytes:
+        """Return bytes that both ends of one connection, and no other, share.
 
-        The Noise handshake hash (Noise spec section 11.2), 32 bytes.
+        The Noise handshake hash (Noise spec section 11.2) or TLS exporter, 32 bytes.
 
-        Raises:
-            Unavailable: not connected.
+        Args:
+            peer: The other end.
+            stream: Of this host, with ``peer``. Its connection counts: of several that
+                come and go, the two ends do not know the same at one moment.
         """
         ...

@@ -23,7 +23,13 @@ from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
-from fabric.core.errors import NoRoute, PeerTimeout, RemoteRefused, Unavailable
+from fabric.core.errors import (
+    LocalProtocolError,
+    NoRoute,
+    PeerTimeout,
+    RemoteRefused,
+    Unavailable,
+)
 from fabric.core.ids import PeerId, public_key_of, short
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import DROPPED, Counters
@@ -240,23 +246,14 @@ class Libp2pHost:
         """Close every control connection with ``peer``."""
         await self._swarm.close_peer(ID.from_base58(peer))
 
-    def channel_binding(self, peer: PeerId) -> bytes:
-        """Return the 32-byte Noise handshake hash of the connection with ``peer``.
+    def channel_binding(self, peer: PeerId, stream: trio.abc.Stream) -> bytes:
+        """Return 32 bytes that only the ends of the connection under ``stream`` share.
 
-        Two peers that dialed each other at once hold two connections; both take the
-        smallest hash, so they agree.
-
-        Raises:
-            Unavailable: not connected.
+        The Noise handshake hash, or the TLS exporter's.
         """
-        hashes = [
-            connection.muxed_conn.channel_binding for connection in self._links.of(peer)
-        ]
-        if not hashes:
-            raise Unavailable(
-                f"not connected with {short(peer)}", code="E_NOT_CONNECTED"
-            )
-        return min(hashes)
+        if not isinstance(stream, Libp2pStream) or stream.peer != peer:
+            raise LocalProtocolError("the stream is not one of this host with the peer")
+        return stream.channel_binding
 
     # connection events
 

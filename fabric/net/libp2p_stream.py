@@ -13,6 +13,7 @@ from trio.abc import HalfCloseableStream
 from trio.lowlevel import checkpoint
 from typing_extensions import override
 
+from fabric.core.ids import PeerId
 from fabric.net.libp2p_muxer import FabricStream
 
 
@@ -28,6 +29,16 @@ class Libp2pStream(HalfCloseableStream):
         self._muxed: FabricStream = stream.muxed_stream
         self._closed = False
         self._sending = False
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is at the other end."""
+        return PeerId(str(self._muxed.muxed_conn.peer_id))
+
+    @property
+    def channel_binding(self) -> bytes:
+        """What the two ends of the connection under this stream, and no other, share."""
+        return self._muxed.muxed_conn.channel_binding
 
     @override
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:

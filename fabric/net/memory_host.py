@@ -287,7 +287,7 @@ class MemoryHost:
             stream.cut()
         self._publish(PeerDisconnected(peer, reason))
 
-    def channel_binding(self, peer: PeerId) -> bytes:
+    def channel_binding(self, peer: PeerId, stream: trio.abc.Stream) -> bytes:
         """Return 32 bytes that only the two ends of the connection share."""
         if peer not in self._bindings:
             raise Unavailable(

@@ -64,7 +64,7 @@ class FakeHost:
         async with stream:
             await self.handlers[protocol](peer, stream)
 
-    def channel_binding(self, peer):
+    def channel_binding(self, peer, stream):
         if peer not in self.links:
             raise Unavailable("not connected")
         default = digest("".join(sorted((peer, self.peer_id))).encode())

@@ -170,7 +170,7 @@ class Attacker:
     def evidence(self, nonce, *, verifier=None):
         local = self.joiner.service._exchanges._local
         peer = verifier or self.verifier.peer
-        binding = self.joiner.host.channel_binding(self.verifier.peer)
+        binding = self.joiner.host.channel_binding(self.verifier.peer, self.stream)
         return Side(local, peer, binding, b"j" * 32).evidence(nonce)
 
     async def prove(self, evidence):

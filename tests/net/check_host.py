@@ -14,6 +14,7 @@ from fabric.net.host import PeerConnected, PeerDisconnected
 from fabric.net.ports import ALLOWED, Decision
 
 ECHO = "/fabric/echo/1"
+BINDING = "/fabric/binding/1"
 SECONDS = 5
 
 
@@ -37,6 +38,17 @@ async def echo(peer, stream):
 async def receive_all(stream):
     parts = [part async for part in stream]
     return b"".join(parts)
+
+
+async def bindings(one, two):
+    """Open a stream from ``one``; return what each end says its connection is."""
+
+    async def tell(peer, stream):
+        await stream.send_all(two.channel_binding(peer, stream))
+
+    two.set_handler(BINDING, tell)
+    async with await one.open_stream(two.peer_id, BINDING) as stream:
+        return one.channel_binding(two.peer_id, stream), await receive_all(stream)
 
 
 MakePair = Callable[[], AbstractAsyncContextManager[tuple[Any, Any]]]
@@ -65,17 +77,16 @@ async def check_connect(one, two):
     assert one.peer_id != two.peer_id
     assert all(addr.endswith(f"/p2p/{one.peer_id}") for addr in one.addrs())
     assert one.connected() == frozenset()
-    with pytest.raises(Unavailable):
-        one.channel_binding(two.peer_id)
     await one.connect(two.peer_id, two.addrs())
     await one.connect(two.peer_id, ())  # already there
     with trio.fail_after(SECONDS):
         assert await events.receive() == PeerConnected(one.peer_id)
     assert one.connected() == {two.peer_id}
     assert two.connected() == {one.peer_id}
-    binding = one.channel_binding(two.peer_id)
+    binding, theirs = await bindings(one, two)
     assert len(binding) == 32
-    assert binding == two.channel_binding(one.peer_id)
+    assert binding == theirs
+    assert await bindings(two, one) == (binding, binding)
     await one.disconnect(two.peer_id)
     with trio.fail_after(SECONDS):
         event = await events.receive()
@@ -83,7 +94,7 @@ async def check_connect(one, two):
     assert event.peer == one.peer_id
     assert one.connected() == two.connected() == frozenset()
     await two.connect(one.peer_id, one.addrs())
-    assert two.channel_binding(one.peer_id) != binding
+    assert binding not in await bindings(two, one)
 
 
 async def check_no_route(one, two):

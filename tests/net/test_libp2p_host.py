@@ -10,7 +10,7 @@ from fabric.core.telemetry import BUGS, Counters
 from fabric.net.config import HostConfig
 from fabric.net.host import PeerConnected
 from fabric.net.libp2p_host import open_host
-from tests.net.check_host import ListGate, echo
+from tests.net.check_host import ListGate, bindings, echo
 
 ECHO = "/fabric/echo/1"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -102,15 +102,16 @@ async def test_a_silent_address_ends_at_the_dial_limit():
         await one.connect(two.peer_id, two.addrs())  # no penalty for the peer
 
 
-async def test_two_peers_that_dial_each_other_at_once_share_one_binding():
+async def test_peers_that_dial_each_other_at_once_agree_on_each_streams_binding():
     async with host() as one, host() as two:
         events = one.events()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.connect, two.peer_id, two.addrs())
             nursery.start_soon(two.connect, one.peer_id, one.addrs())
         with trio.fail_after(5):
-            while one.channel_binding(two.peer_id) != two.channel_binding(one.peer_id):  # noqa: ASYNC110
-                await trio.sleep(0.01)
+            for here, there in ((one, two), (two, one)):
+                mine, theirs = await bindings(here, there)
+                assert mine == theirs
         assert await events.receive() == PeerConnected(two.peer_id)
         with pytest.raises(trio.WouldBlock):
             events.receive_nowait()  # two connections are one event

@@ -76,7 +76,8 @@ async def test_py_libp2ps_own_tls_dials_us_and_is_dialled():
             host.set_handler(ECHO, echo)
             await host.connect(their_id, [str(theirs.get_addrs()[0])])
             assert type(secured_by(host, their_id)).__name__ == "TlsSession"
-            assert len(host.channel_binding(their_id)) == 32
+            async with await host.open_stream(their_id, "/ipfs/ping/1.0.0") as ping:
+                assert len(host.channel_binding(their_id, ping)) == 32
             stream = await theirs.new_stream(
                 ID.from_base58(host.peer_id), [TProtocol(ECHO)]
             )

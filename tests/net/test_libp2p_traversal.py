@@ -13,7 +13,7 @@ from fabric.net.config import HostConfig
 from fabric.net.host import PeerConnected, PeerDisconnected
 from fabric.net.libp2p_host import open_host
 from fabric.net.traversal_api import ConnectionInfo
-from tests.net.check_host import ListGate, echo
+from tests.net.check_host import ListGate, bindings, echo
 
 ECHO = "/fabric/echo/1"
 FOREIGN = "/libp2p/echo/1"
@@ -93,7 +93,8 @@ async def test_a_stream_becomes_a_connection_with_either_role(over):
             assert here.connected() == {there.peer_id}
         assert one.connections(two.peer_id) == (info(outbound=True),)
         assert two.connections(one.peer_id) == (info(outbound=False),)
-        assert one.channel_binding(two.peer_id) == two.channel_binding(one.peer_id)
+        mine, theirs = await bindings(one, two)
+        assert mine == theirs
         await one.disconnect(two.peer_id)
         await until(lambda: not two.connected())
 

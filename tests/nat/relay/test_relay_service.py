@@ -27,6 +27,7 @@ from tests.nat.relay.relay_network import (
     reserved,
     until,
 )
+from tests.net.check_host import bindings
 
 pytestmark = pytest.mark.slow
 
@@ -97,12 +98,12 @@ async def test_control_connections_run_over_circuits():
             async with await one.host.open_stream(two.id, "/fabric/attest/1") as stream:
                 await stream.send_all(b"admit me")
                 assert await stream.receive_some() == b"ADMIT ME"
+            binding, theirs = await bindings(one.host, two.host)
+            assert binding == theirs
         (info,) = one.host.connections(two.id)
         assert (info.kind, info.outbound, info.relay) == ("relay", True, hub.id)
         (info,) = two.host.connections(one.id)
         assert (info.kind, info.outbound, info.relay) == ("relay", False, hub.id)
-        binding = one.host.channel_binding(two.id)
-        assert binding == two.host.channel_binding(one.id)
         await one.host.disconnect(two.id)
         await until(lambda: not hub.relay.book.circuits)
         await until(lambda: not two.host.connections(one.id))
