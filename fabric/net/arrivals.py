@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 import trio
+from typing_extensions import override
 
 from fabric.core.errors import (
     ConfigError,
@@ -43,6 +44,8 @@ OBSERVE_SECONDS = 10.0
 """An observed connection is kept open this long: its mapping lives while it punches."""
 
 
+HANDED_OVER = 64
+"""Connections from the control plane's port that wait for a task; more are dropped."""
 MAX_OBSERVED = 128
 """Observed connections kept open; above it they are answered and closed."""
 
@@ -81,6 +84,7 @@ class Arrivals:
         self._desk = desk
         self._counters = counters
         self._room = WaitingRoom(config.max_pending_connections)
+        self._handed_over = _HandedOver()
         self.observed = 0
         self.bound: tuple[str, int] = ("", 0)
 
@@ -108,7 +112,16 @@ class Arrivals:
             set_liveness(listener.socket, patient=True)
         self.bound = (ip, listeners[0].socket.getsockname()[1])
         ready()
-        await trio.serve_listeners(self._accepted, listeners)
+        await trio.serve_listeners(self._accepted, [*listeners, self._handed_over])
+
+    def take(self, sock: socket.socket) -> None:
+        """Serve a connection that came to another listener of ours; owns ``sock``."""
+        try:
+            set_liveness(sock, patient=True)
+            self._handed_over.put(sock)
+        except (trio.WouldBlock, OSError):
+            self._counters.add(DROPPED, label="pending_connections")
+            sock.close()
 
     async def serve(
         self, sock: socket.socket, kind: PathKind, label_seconds: float
@@ -188,6 +201,26 @@ class Arrivals:
             logger.info("data.failed code=%s reason=%s", exc.code, exc.reason)
         finally:
             await trio.aclose_forcefully(stream)
+
+
+class _HandedOver(trio.abc.Listener[trio.SocketStream]):
+    """What other listeners accepted, as one more listener."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[socket.socket](HANDED_OVER)
+
+    def put(self, sock: socket.socket) -> None:
+        self._send.send_nowait(sock)
+
+    @override
+    async def accept(self) -> trio.SocketStream:
+        sock = await self._receive.receive()
+        return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    @override
+    async def aclose(self) -> None:
+        self._receive.close()
+        await trio.lowlevel.checkpoint()
 
 
 def _ip_of(stream: trio.SocketStream) -> str:

@@ -41,6 +41,9 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Empty takes the address of the control plane and any port."""
     advertise: tuple[str, ...] = ()
     """Addresses ("ip:port") to offer instead of those found out."""
+    share_port: bool = True
+    """Take connections at the control plane's port too, for peers whose site lets out
+    that port only (443), and where a router forwards a single one."""
     handshake_timeout_seconds: float = 10.0
     """Longest time from a TCP connection to an authenticated one."""
     offer_timeout_seconds: float = 10.0

@@ -7,7 +7,6 @@ RPC (here), bulk services (``bulk_paths.py``) and workers (``paths.py``).
 from __future__ import annotations
 
 import logging
-import secrets
 import socket
 import time
 from collections.abc import (
@@ -45,7 +44,6 @@ from fabric.net.arrivals import Arrivals
 from fabric.net.data_config import DataConfig
 from fabric.net.host import Host
 from fabric.net.offers import (
-    LABEL_BYTES,
     MAX_ADDRESSES,
     OFFER_REPLY,
     OFFER_REQUEST,
@@ -57,8 +55,10 @@ from fabric.net.offers import (
     OfferRefused,
     OfferRequest,
     OfferTable,
+    endpoint_of_multiaddr,
     format_address,
     ip_of_multiaddr,
+    new_label,
 )
 from fabric.net.pacing import SocketRegistry
 from fabric.net.path_race import (
@@ -147,6 +147,8 @@ class DataPlane:
 
         def ready() -> None:
             self._host.set_handler(PROTOCOL_OFFER, self._serve_offer)
+            if self.config.share_port:
+                self._host.share_listener(self._arrivals.take)
             task_status.started()
 
         await self._arrivals.listen(ready)
@@ -188,6 +190,13 @@ class DataPlane:
         known = dict.fromkeys(found for found in ips if found) or {"127.0.0.1": None}
         ours = [format_address(found, port) for found in known]
         return tuple(dict.fromkeys((*ours, *self._mapped)))[:MAX_ADDRESSES]
+
+    def shared_addresses(self) -> tuple[str, ...]:
+        """Return "ip:port" of the control plane, which takes labels too."""
+        if not self.config.share_port or self.config.advertise:
+            return ()
+        found = map(endpoint_of_multiaddr, self._host.addrs())
+        return tuple(dict.fromkeys(filter(None, found)))[:MAX_ADDRESSES]
 
     def serve(self, purpose: type[OfferPurpose], acceptor: Acceptor) -> None:
         """Let ``acceptor`` decide about offers of type ``purpose``."""
@@ -257,6 +266,7 @@ class DataPlane:
                 peer,
                 reply.addresses,
                 self._provider,
+                shared=reply.shared,
                 relay_after_seconds=(
                     RPC_RELAY_AFTER_SECONDS if hasty else RELAY_AFTER_SECONDS
                 ),
@@ -314,10 +324,10 @@ class DataPlane:
         if acceptor is None:
             raise Unavailable("nobody here serves this purpose", code="E_NO_SERVICE")
         der, ours = acceptor.admit_untrusted(peer, request, time.time())
-        label = secrets.token_bytes(LABEL_BYTES)
+        label = new_label()
         offer = Offer(peer, request.purpose, request.certificate, ours)
         self._offers.add(label, offer, trio.current_time())
-        return OfferGranted(label, der, self.addresses())
+        return OfferGranted(label, der, self.addresses(), self.shared_addresses())
 
     def _enter(
         self, sock: socket.socket, peer: PeerId, purpose: OfferPurpose, kind: PathKind

@@ -6,6 +6,7 @@ Two implementations, one conformance suite (``tests/net/check_host.py``):
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from fabric.core.ids import PeerId
 
 StreamHandler = Callable[[PeerId, trio.abc.Stream], Awaitable[None]]
 """Serves one inbound stream. The host closes the stream when it returns or raises."""
+TakeSocket = Callable[[socket.socket], None]
+"""Owns a connected, non-blocking socket from then on."""
 
 
 class PeerConnected(msgspec.Struct, frozen=True, tag="connected"):
@@ -78,6 +81,14 @@ class Host(Protocol):
         """Serve inbound streams of ``protocol``.
 
         The host asks its Gate before the handler runs and refuses with a reset.
+        """
+        ...
+
+    def share_listener(self, take: TakeSocket) -> None:
+        """Give inbound connections that do not speak the host's protocol to ``take``.
+
+        It is called with a connected, non-blocking socket of which nothing was read. A
+        host without a socket of its own never calls it.
         """
         ...
 

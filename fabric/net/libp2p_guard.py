@@ -7,10 +7,13 @@ authenticated ones; and a multistream message may claim any length.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
+import trio
 from libp2p.abc import IMuxedConn, INetConn, IRawConnection
 from libp2p.io.exceptions import ConnectionClosedError, IOException
+from libp2p.io.trio import TrioTCPStream
 from libp2p.io.utils import read_exactly
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
@@ -21,6 +24,8 @@ from multiaddr import Multiaddr
 
 from fabric.core.errors import ResourceExhausted
 from fabric.core.telemetry import DROPPED, Counters
+from fabric.net.host import TakeSocket
+from fabric.net.offers import MULTISTREAM_BYTE
 from fabric.net.waiting_room import WaitingRoom
 
 MAX_HALF_OPEN = 128
@@ -63,10 +68,29 @@ class BoundedCommunicator(MultiselectCommunicator):  # type: ignore[misc]  # unt
         return str(text[:-1])
 
 
+async def is_foreign(sock: trio.socket.SocketType) -> bool:
+    """Return whether what arrives is not multistream-select; it stays unread.
+
+    Waits for the first byte. A connection that ends before is not foreign: whoever
+    reads it learns that it ended.
+    """
+    try:
+        first = await sock.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return False
+    return bool(first) and first[0] != MULTISTREAM_BYTE
+
+
 class FabricSwarm(Swarm):  # type: ignore[misc]  # untyped library
-    """A swarm whose inbound places are freed when their connections end."""
+    """A swarm whose inbound places are freed when their connections end.
+
+    Attributes:
+        counters: Where connections are counted that found no place.
+        foreign: Takes connections that do not begin with multistream-select.
+    """
 
     counters: Counters
+    foreign: TakeSocket | None = None
 
     def __init__(self, *args: Any, counters: Counters, **settings: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **settings)
@@ -87,12 +111,29 @@ class FabricSwarm(Swarm):  # type: ignore[misc]  # untyped library
         remote = raw_conn.get_remote_address()
         try:
             with self._room.place(remote[0] if remote else ""):
+                await self._give_away_foreign(raw_conn)
                 muxer = await super().upgrade_inbound_raw_conn(raw_conn, maddr)
         except ResourceExhausted as exc:
             self.counters.add(DROPPED, label="half_open_connections")
             raise SwarmException(exc.reason) from exc
         await muxer.ended.wait()
         raise SwarmException("the connection ended")
+
+    async def _give_away_foreign(self, raw_conn: IRawConnection) -> None:
+        """Let ``foreign`` have what does not speak our protocol.
+
+        Raises:
+            SwarmException: it was given away, or said nothing in time.
+        """
+        stream = getattr(raw_conn, "stream", None)
+        if self.foreign is None or not isinstance(stream, TrioTCPStream):
+            return
+        with trio.move_on_after(self.connection_config.inbound_upgrade_timeout) as wait:
+            if await is_foreign(stream.stream.socket):
+                self.foreign(socket.socket(fileno=stream.stream.socket.detach()))
+                raise SwarmException("the connection is for the data plane")
+        if wait.cancelled_caught:
+            raise SwarmException("the connection said nothing")
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "") -> INetConn:
         """Keep an authenticated connection; its place is for the next."""

@@ -34,7 +34,13 @@ from fabric.core.ids import PeerId, public_key_of, short
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import DROPPED, Counters
 from fabric.net.config import HostConfig
-from fabric.net.host import PeerConnected, PeerDisconnected, PeerEvent, StreamHandler
+from fabric.net.host import (
+    PeerConnected,
+    PeerDisconnected,
+    PeerEvent,
+    StreamHandler,
+    TakeSocket,
+)
 from fabric.net.libp2p_announce import AnnouncingHost
 from fabric.net.libp2p_connections import Connections, is_live
 from fabric.net.libp2p_dialer import CIRCUIT, dial
@@ -108,6 +114,10 @@ class Libp2pHost:
         """
         chosen = addrs or self._config.announce
         self.basic.announced = tuple(Multiaddr(addr) for addr in chosen)
+
+    def share_listener(self, take: TakeSocket) -> None:
+        """Give connections that do not begin with multistream-select to ``take``."""
+        self._swarm.foreign = take
 
     def connected(self) -> frozenset[PeerId]:
         """Return the peers with a live control connection."""

@@ -32,7 +32,13 @@ from fabric.core.errors import (
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Signer
 from fabric.core.telemetry import BUGS, DROPPED, PROTOCOL_ERRORS, REFUSALS, Counters
-from fabric.net.host import PeerConnected, PeerDisconnected, PeerEvent, StreamHandler
+from fabric.net.host import (
+    PeerConnected,
+    PeerDisconnected,
+    PeerEvent,
+    StreamHandler,
+    TakeSocket,
+)
 from fabric.net.memory_gossip import MemoryBroadcast, MemoryRouting, Message, Node
 from fabric.net.memory_stream import Link, MemoryStream, stream_pair
 from fabric.net.ports import Gate
@@ -175,6 +181,9 @@ class MemoryHost:
     def connected(self) -> frozenset[PeerId]:
         """Return the peers with a live connection."""
         return frozenset(self._bindings)
+
+    def share_listener(self, take: TakeSocket) -> None:
+        """Do nothing: there is no listener to share."""
 
     def events(self) -> trio.MemoryReceiveChannel[PeerEvent]:
         """Return a new bounded channel of connection events (overflow is dropped)."""

@@ -15,6 +15,7 @@ in the clear: who copies it can at most spend it, because TLS follows.
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
@@ -42,6 +43,10 @@ A NAT maps each local port on its own, so the one about to be punched must ask b
 itself. Like STUN over TCP (RFC 8489) the answer is not authenticated: a wrong one makes
 a punch fail and nothing else.
 """
+MULTISTREAM_BYTE = 0x13
+"""First byte of whatever speaks the control plane's protocol: the length of
+"/multistream/1.0.0" and its newline. No label begins with it, so one byte tells the two
+apart where both planes share a port."""
 MAX_ADDRESSES = 16
 """Addresses in one offer; the dialler tries all of them at once."""
 
@@ -79,13 +84,18 @@ class OfferRequest(msgspec.Struct, frozen=True, tag="request"):
 
 
 class OfferGranted(msgspec.Struct, frozen=True, tag="granted"):
-    """Connect to any of ``addresses`` ("ip:port"), send ``label``, then TLS."""
+    """Connect to any of ``addresses`` ("ip:port"), send ``label``, then TLS.
+
+    ``shared`` are ports of the control plane that take labels too: second choice, for
+    sites that let out one port only and routers that forward one.
+    """
 
     label: Annotated[
         bytes, msgspec.Meta(min_length=LABEL_BYTES, max_length=LABEL_BYTES)
     ]
     certificate: _Certificate
     addresses: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=MAX_ADDRESSES)]
+    shared: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=MAX_ADDRESSES)] = ()
 
 
 class OfferRefused(msgspec.Struct, frozen=True, tag="refused"):
@@ -245,6 +255,21 @@ def parse_listen(text: str) -> tuple[str, int]:
 def format_address(host: str, port: int) -> str:
     """Return "ip:port", or "[ip]:port" for IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def new_label() -> bytes:
+    """Return a label that nobody guesses and that no other protocol begins with."""
+    while (label := secrets.token_bytes(LABEL_BYTES))[0] == MULTISTREAM_BYTE:
+        pass
+    return label
+
+
+def endpoint_of_multiaddr(text: str) -> str | None:
+    """Return "ip:port" of a direct "/ip4/1.2.3.4/tcp/5/..." multiaddr, or None."""
+    ip, parts = ip_of_multiaddr(text), text.split("/")
+    if ip is None or len(parts) < 5 or parts[3] != "tcp" or not parts[4].isdigit():
+        return None
+    return format_address(ip, int(parts[4]))
 
 
 def ip_of_multiaddr(text: str) -> str | None:

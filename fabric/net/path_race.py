@@ -1,6 +1,7 @@
 """Which path a data-plane connection takes: the race of direct, punched and relayed.
 
     0 s            plain dials of the peer's addresses worth one, all at once
+    0.1 s          those of its control plane's port, which takes labels too
     0.25 s         a hole punch, or as soon as the dials have failed
     relay_after    a circuit through a relay, or as soon as the others have failed
 
@@ -63,6 +64,7 @@ async def open_path(
     addresses: Sequence[str],
     provider: PathProvider | None,
     *,
+    shared: Sequence[str] = (),
     relay_after_seconds: float,
     kinds: Collection[PathKind] = ALL_PATHS,
 ) -> tuple[socket.socket, PathKind]:
@@ -74,6 +76,7 @@ async def open_path(
         peer: Whom to reach.
         addresses: "ip:port" that its offer named; parsed here, from the peer.
         provider: Punches and opens circuits; None knows plain dials only.
+        shared: The same, of its control plane's port: second choice.
         relay_after_seconds: Head start of the others before a circuit.
         kinds: The kinds that are wanted.
 
@@ -81,13 +84,17 @@ async def open_path(
         NoRoute: nothing led there; the reason has each kind's.
         RemoteProtocolError: an address is malformed.
     """
-    ranked = addresses if provider is None else provider.rank(peer, addresses)
-    targets = [parse_address_untrusted(address) for address in ranked]
+
+    def worth_dialling(offered: Sequence[str]) -> list[tuple[str, int]]:
+        ranked = offered if provider is None else provider.rank(peer, offered)
+        return [parse_address_untrusted(address) for address in ranked]
+
+    first, second = worth_dialling(addresses), worth_dialling(shared)
 
     async def direct() -> socket.socket:
-        if not targets:
+        if not (first or second):
             raise NoRoute("it offers no address that can be dialled from here")
-        sock = await connect_any(targets)
+        sock = await connect_any(first, second)
         return socket.socket(fileno=sock.detach())
 
     steps: list[tuple[PathKind, float, Opener]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 import trio
 
@@ -10,42 +11,71 @@ from fabric.core.errors import NoRoute, Unavailable
 from fabric.net.offers import format_address
 from fabric.net.socket_options import set_liveness
 
+SECOND_AFTER_SECONDS = 0.1
+"""Head start of the first choice: a second one costs the other end more."""
 
-async def connect_any(targets: list[tuple[str, int]]) -> trio.socket.SocketType:
+
+async def connect_any(
+    targets: Sequence[tuple[str, int]], second: Sequence[tuple[str, int]] = ()
+) -> trio.socket.SocketType:
     """Return the first connection that any of ``targets`` accepts; all at once.
+
+    Args:
+        targets: First choice.
+        second: Dialled too after a moment, or once all ``targets`` have failed.
 
     Raises:
         NoRoute: none did; the reason lists each address and its error.
     """
-    winner: list[trio.socket.SocketType] = []
-    failures: list[str] = []
+    dials = _Dials()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dials.run, targets, nursery.cancel_scope)
+            if second:
+                with trio.move_on_after(SECOND_AFTER_SECONDS):
+                    await dials.over.wait()
+                await dials.run(second, nursery.cancel_scope)
+    except BaseException:
+        if dials.winner is not None:
+            dials.winner.close()
+        raise
+    if dials.winner is None:
+        failures = "; ".join(dials.failures)
+        raise NoRoute(f"no data-plane address answers: {failures}")
+    return dials.winner
 
-    async def attempt(ip: str, port: int, scope: trio.CancelScope) -> None:
+
+class _Dials:
+    """The winner so far, and why the others lost."""
+
+    def __init__(self) -> None:
+        self.winner: trio.socket.SocketType | None = None
+        self.failures: list[str] = []
+        self.over = trio.Event()
+
+    async def run(
+        self, targets: Sequence[tuple[str, int]], race: trio.CancelScope
+    ) -> None:
+        """Dial ``targets``; the first that accepts ends ``race``."""
+        async with trio.open_nursery() as nursery:
+            for ip, port in targets:
+                nursery.start_soon(self._attempt, ip, port, race)
+        self.over.set()
+
+    async def _attempt(self, ip: str, port: int, race: trio.CancelScope) -> None:
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         sock = trio.socket.socket(family, socket.SOCK_STREAM)
         try:
             await sock.connect((ip, port))
             set_liveness(sock, patient=True)
-            if not winner:
-                winner.append(sock)
-                scope.cancel()
+            if self.winner is None:
+                self.winner = sock
+                race.cancel()
         except OSError as exc:
-            failures.append(f"{format_address(ip, port)}: {exc.strerror or exc}")
+            self.failures.append(f"{format_address(ip, port)}: {exc.strerror or exc}")
         finally:
-            if sock not in winner:
+            if sock is not self.winner:
                 sock.close()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            for ip, port in targets:
-                nursery.start_soon(attempt, ip, port, nursery.cancel_scope)
-    except BaseException:
-        for sock in winner:
-            sock.close()
-        raise
-    if not winner:
-        raise NoRoute("no data-plane address answers: " + "; ".join(failures))
-    return winner[0]
 
 
 async def send_all(sock: trio.socket.SocketType, data: bytes) -> None:

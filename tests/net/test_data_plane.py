@@ -47,6 +47,9 @@ class FakeHost:
     def addrs(self):
         return (f"/ip4/127.0.0.1/tcp/1/p2p/{self.peer_id}",)
 
+    def share_listener(self, take):
+        pass
+
     def set_handler(self, protocol, handler):
         self.handlers[protocol] = handler
 

@@ -5,16 +5,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import trio
 
+from fabric.core.errors import NoRoute
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
 from fabric.net.bulk_paths import open_bulk_paths
 from fabric.net.config import HostConfig
-from fabric.net.data_config import DataConfig
+from fabric.net.data_config import DataConfig, RpcConfig
 from fabric.net.data_plane import open_data_plane
 from fabric.net.libp2p_host import open_host
 from fabric.net.memory_host import MemoryNetwork
 from fabric.net.ports import ALLOWED
 from fabric.net.rpc import open_rpc
+from tests.net.test_libp2p_host import port_of
 
 LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
 SIGNERS = Ed25519Signer(b"a" * 32), Ed25519Signer(b"b" * 32)
@@ -23,6 +25,25 @@ SIGNERS = Ed25519Signer(b"a" * 32), Ed25519Signer(b"b" * 32)
 class OpenGate:
     def allows(self, peer, protocol):
         return ALLOWED
+
+
+class OnlyOnePort:
+    """A path provider whose firewall lets out one port."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def rank(self, peer, addresses):
+        return tuple(a for a in addresses if a.endswith(f":{self.port}"))
+
+    def claim(self, label, sock):
+        return False
+
+    async def punch(self, peer):
+        raise NoRoute("everything else is closed")
+
+    async def circuit(self, peer):
+        raise NoRoute("there is no relay")
 
 
 @asynccontextmanager
@@ -75,3 +96,32 @@ async def test_rpc_and_bulk_over_offers_of_a_real_host(hosts):
             await trio.to_thread.run_sync(sock.recv_into, buffer)
             sock.close()
             assert buffer.decode() == two.peer_id
+
+
+@pytest.mark.slow
+async def test_where_only_the_control_planes_port_is_reached_labels_go_there():
+    """A firewall that lets out port 443 alone: nothing else of the peer answers."""
+    unreachable = DataConfig(listen="127.0.0.2:0")
+    with trio.fail_after(20):
+        async with libp2p_hosts() as (one, two), AsyncExitStack() as stack:
+            enter, gate, counters = stack.enter_async_context, OpenGate(), Counters()
+            planes = [
+                await enter(open_data_plane(unreachable, signer, host, gate, counters))
+                for signer, host in zip(SIGNERS, (one, two), strict=True)
+            ]
+            services = [
+                await enter(open_rpc(RpcConfig(), host.peer_id, plane, gate, counters))
+                for host, plane in zip((one, two), planes, strict=True)
+            ]
+            for plane, rpc in zip(planes, services, strict=True):
+                plane.serve_rpc(rpc.accept)
+                plane.set_path_provider(OnlyOnePort(port_of(two)))
+            services[1].register("x.who", lambda peer, request: peer.encode())
+            await one.connect(two.peer_id, two.addrs())
+            answer = await services[0].call(two.peer_id, "x.who", b"")
+            assert answer == one.peer_id.encode()
+            assert services[0].kind(two.peer_id) == "direct"
+            # and the port still serves what it is there for
+            async with await one.open_stream(two.peer_id, "/ipfs/ping/1.0.0") as ping:
+                await ping.send_all(b"x" * 32)
+                assert await ping.receive_some(32)

@@ -45,7 +45,7 @@ class Provider:
     async def circuit(self, peer):
         return await self._run("relay")
 
-    async def direct(self, targets):
+    async def direct(self, targets, second=()):
         sock = await self._run("direct")
         return trio.socket.from_stdlib_socket(sock)
 

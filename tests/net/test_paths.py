@@ -56,6 +56,9 @@ class FakeHost:
     def addrs(self):
         return ()
 
+    def share_listener(self, take):
+        pass
+
     def set_handler(self, protocol, handler):
         self.handler = handler
 
