@@ -10,7 +10,8 @@ from what it holds and forgets it, so a peer cannot make it keep anything.
 The authority tree comes first, and again while it makes progress: without the grants
 the rest would be refused. Within a tree the initiator expands the ranges whose
 fingerprints differ (1/16 each time), compares lists of up to 100 ids, asks for what it
-lacks and sends what the responder lacks.
+lacks and then sends what the responder lacks: in that order, because what arrives may
+replace what would have been sent.
 
 Everything is bounded: requests per session, spans and ids pending, bytes per message.
 What did not fit is found again by the next session.
@@ -19,12 +20,11 @@ What did not fit is found again by the next session.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from typing import Protocol
 
 from crdt_store.messages import (
-    ID_PREFIX_BYTES,
     MAX_CARRIED,
     MAX_CARRIED_BYTES,
     MAX_EXPAND,
@@ -33,6 +33,7 @@ from crdt_store.messages import (
     PARTS,
     REQUEST,
     RESPONSE,
+    SHORT_ID_BYTES,
     Answer,
     Ask,
     Digest,
@@ -41,6 +42,8 @@ from crdt_store.messages import (
     Part,
     Request,
     Span,
+    Trees,
+    Wanted,
 )
 from crdt_store.ranges import END, RangeIndex
 from fabric.core.digest import digest
@@ -65,24 +68,27 @@ class Catalogue(Protocol):
         """Return the offered ids of one of the two trees."""
         ...
 
-    def holds(self, prefix: bytes) -> bool:
-        """Return whether an entry with this id prefix is held, offered or not."""
+    def unoffered(self) -> Iterable[bytes]:
+        """Return the ids of entries that are held and not offered."""
         ...
 
-    def raw(self, prefix: bytes) -> bytes | None:
-        """Return the offered entry with this id prefix."""
+    def raw(self, entry_id: bytes) -> bytes | None:
+        """Return the offered entry with this id."""
         ...
 
 
-def _prefix(entry_id: bytes) -> bytes:
-    return entry_id[:ID_PREFIX_BYTES]
+def _short(salt: bytes, entry_id: bytes) -> bytes:
+    return digest(salt + entry_id)[:SHORT_ID_BYTES]
 
 
-def _hello(catalogue: Catalogue) -> Hello:
-    return Hello(
-        catalogue.index(authority=True).fingerprint(),
-        catalogue.index(authority=False).fingerprint(),
-    )
+def _shorts(ids: bytes) -> list[bytes]:
+    return [ids[at : at + SHORT_ID_BYTES] for at in range(0, len(ids), SHORT_ID_BYTES)]
+
+
+def _listed(index: RangeIndex, span: Span | Wanted, salt: bytes) -> dict[bytes, bytes]:
+    """Return the first ids in ``span`` by short id: as many as a listing holds."""
+    items = index.items(span.first, span.last + 1)[:MAX_LISTED]
+    return {_short(salt, entry_id): entry_id for _, entry_id in items}
 
 
 def _fitting(raws: Iterable[bytes]) -> tuple[bytes, ...]:
@@ -108,8 +114,11 @@ def parse_request_untrusted(data: bytes) -> Request:
     """
     request = REQUEST.decode_untrusted(data)
     if isinstance(request, Ask):
-        if any(span.first > span.last for span in request.spans):
+        ranges: tuple[Span | Wanted, ...] = (*request.spans, *request.wanted)
+        if any(asked.first > asked.last for asked in ranges):
             raise RemoteProtocolError("span ends before it starts")
+        if any(len(wanted.ids) % SHORT_ID_BYTES for wanted in request.wanted):
+            raise RemoteProtocolError("ids wanted end inside an id")
         if sum(map(len, request.entries)) > MAX_CARRIED_BYTES:
             raise RemoteProtocolError("more entries than one message may carry")
     return request
@@ -117,32 +126,43 @@ def parse_request_untrusted(data: bytes) -> Request:
 
 def answer(catalogue: Catalogue, request: Request) -> bytes:
     """Return the response to ``request``, whose entries were already taken in."""
+    salt = request.salt
     if isinstance(request, Hello):
-        return RESPONSE.encode(_hello(catalogue))
+        trees = (catalogue.index(authority=a) for a in (True, False))
+        return RESPONSE.encode(Trees(*(tree.fingerprint(salt=salt) for tree in trees)))
     index = catalogue.index(authority=request.authority)
-    spans = tuple(_expand(index, span) for span in request.spans)
-    found = (catalogue.raw(prefix) for prefix in request.wanted)
-    entries = _fitting(raw for raw in found if raw is not None)
+    spans = tuple(_expand(index, span, salt) for span in request.spans)
+    entries = _fitting(_wanted_raws(catalogue, index, request))
     return RESPONSE.encode(Answer(spans, entries))
 
 
-def _expand(index: RangeIndex, span: Span) -> tuple[Part, ...]:
+def _wanted_raws(
+    catalogue: Catalogue, index: RangeIndex, request: Ask
+) -> Iterator[bytes]:
+    for wanted in request.wanted:
+        listed = _listed(index, wanted, request.salt)
+        for short in _shorts(wanted.ids):
+            raw = catalogue.raw(listed.get(short, b""))
+            if raw is not None:
+                yield raw
+
+
+def _expand(index: RangeIndex, span: Span, salt: bytes) -> tuple[Part, ...]:
     low, high = span.first, span.last + 1
     if index.count(low, high) <= MAX_LISTED:
-        return (_listing(index, low, high),)
+        return (_listing(index, low, high, salt),)
     parts: list[Part] = []
     for bound in index.cuts(low, high, PARTS):
         if index.count(low, bound) <= _SMALL or (low, bound) == (span.first, high):
-            parts.append(_listing(index, low, bound))
+            parts.append(_listing(index, low, bound, salt))
         else:
-            parts.append(Digest(bound - 1, index.fingerprint(low, bound)))
+            parts.append(Digest(bound - 1, index.fingerprint(low, bound, salt=salt)))
         low = bound
     return tuple(parts)
 
 
-def _listing(index: RangeIndex, low: int, high: int) -> Listing:
-    ids = (_prefix(entry_id) for _, entry_id in index.items(low, high)[:MAX_LISTED])
-    return Listing(high - 1, b"".join(ids))
+def _listing(index: RangeIndex, low: int, high: int, salt: bytes) -> Listing:
+    return Listing(high - 1, b"".join(_listed(index, Span(low, high - 1), salt)))
 
 
 # --- the initiator
@@ -162,16 +182,23 @@ class Session:
 
     The shell alternates: ``next_request``, send, ``receive_untrusted``, take in the
     entries it returns, until ``next_request`` returns None.
+
+    Args:
+        catalogue: Ours.
+        salt: SALT_BYTES that nobody could know before.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, salt: bytes) -> None:
         self._catalogue = catalogue
+        self._salt = salt
         self._phase = Phase.HELLO
         self._spans: deque[Span] = deque()
-        self._wanted: deque[bytes] = deque()
+        self._wanted: deque[Wanted] = deque()
+        self._num_wanted = 0
         self._offers: deque[bytes] = deque()
         self._asked: Hello | Ask | None = None
         self._authority_rounds = 0
+        self._known: frozenset[bytes] | None = None
         self.num_requests = 0
 
     @property
@@ -190,29 +217,45 @@ class Session:
             self._phase = Phase.DONE
             return None
         self.num_requests += 1
-        request = (
-            _hello(self._catalogue) if self._phase is Phase.HELLO else self._next_ask()
-        )
-        self._asked = request
-        return REQUEST.encode(request)
+        self._asked = self._hello() if self._phase is Phase.HELLO else self._next_ask()
+        return REQUEST.encode(self._asked)
+
+    def _hello(self) -> Hello:
+        trees = (self._catalogue.index(authority=a) for a in (True, False))
+        return Hello(self._salt, *(tree.fingerprint(salt=self._salt) for tree in trees))
 
     def _pending(self) -> bool:
         return bool(self._spans or self._wanted or self._offers)
 
     def _next_ask(self) -> Ask:
-        spans = [
-            self._spans.popleft() for _ in range(min(MAX_EXPAND, len(self._spans)))
-        ]
-        num_wanted = min(MAX_WANTED, len(self._wanted))
-        wanted = [self._wanted.popleft() for _ in range(num_wanted)]
-        found = (self._catalogue.raw(prefix) for prefix in list(self._offers))
-        entries = _fitting(raw or b"" for raw in found)
+        authority = self._phase is Phase.AUTHORITY
+        num_spans = min(MAX_EXPAND, len(self._spans))
+        spans = tuple(self._spans.popleft() for _ in range(num_spans))
+        wanted = self._next_wanted(self._catalogue.index(authority=authority))
+        entries = () if spans or wanted else self._next_offers()
+        return Ask(self._salt, authority, spans, wanted, entries)
+
+    def _next_wanted(self, index: RangeIndex) -> tuple[Wanted, ...]:
+        """Return what is wanted next, less what came by other ways meanwhile."""
+        chosen: list[Wanted] = []
+        room = MAX_CARRIED
+        while self._wanted and room > 0 and len(chosen) < MAX_WANTED:
+            wanted = self._wanted.popleft()
+            ours = _listed(index, wanted, self._salt)
+            asked = _shorts(wanted.ids)
+            missing = [short for short in asked if short not in ours]
+            self._num_wanted -= len(asked)
+            room -= len(missing)
+            if missing:
+                chosen.append(Wanted(wanted.first, wanted.last, b"".join(missing)))
+        return tuple(chosen)
+
+    def _next_offers(self) -> tuple[bytes, ...]:
+        found = (self._catalogue.raw(entry_id) for entry_id in list(self._offers))
+        entries = _fitting(raw or b"" for raw in found)  # b"": replaced meanwhile
         for _ in entries:
             self._offers.popleft()
-        authority = self._phase is Phase.AUTHORITY
-        return Ask(
-            authority, tuple(spans), tuple(wanted), tuple(e for e in entries if e)
-        )
+        return tuple(entry for entry in entries if entry)
 
     def receive_untrusted(self, data: bytes) -> tuple[bytes, ...]:
         """Take in the response to the last request; return the entries it carries.
@@ -227,7 +270,7 @@ class Session:
         phase, self._phase = self._phase, Phase.DONE  # unless all goes well
         response = RESPONSE.decode_untrusted(data)
         match asked, response:
-            case Hello(), Hello():
+            case Hello(), Trees():
                 self._phase = self._compare(asked, response)
                 return ()
             case Ask(), Answer():
@@ -237,7 +280,7 @@ class Session:
             case _:
                 raise RemoteProtocolError(f"{type(response).__name__}: no answer here")
 
-    def _compare(self, ours: Hello, theirs: Hello) -> Phase:
+    def _compare(self, ours: Hello, theirs: Trees) -> Phase:
         if (
             ours.authority != theirs.authority
             and self._authority_rounds < _MAX_AUTHORITY_ROUNDS
@@ -264,10 +307,7 @@ class Session:
             if low != span.last + 1:
                 raise RemoteProtocolError("parts do not cover their span")
         self._ask_again(asked, response)
-        if (
-            len(self._spans) > _MAX_PENDING_SPANS
-            or len(self._wanted) > _MAX_PENDING_IDS
-        ):
+        if len(self._spans) > _MAX_PENDING_SPANS or self._num_wanted > _MAX_PENDING_IDS:
             raise RemoteProtocolError("more differences than a replica may hold")
 
     def _take_part(
@@ -277,26 +317,33 @@ class Session:
         if isinstance(part, Digest):
             if span == whole:
                 raise RemoteProtocolError("a span was not divided")
-            if index.fingerprint(low, high) != part.fingerprint:
+            if index.fingerprint(low, high, salt=self._salt) != part.fingerprint:
                 self._spans.append(span)
             return
-        if len(part.ids) % ID_PREFIX_BYTES:
+        if len(part.ids) % SHORT_ID_BYTES:
             raise RemoteProtocolError("a listing ends inside an id")
-        theirs = {
-            part.ids[at : at + ID_PREFIX_BYTES]
-            for at in range(0, len(part.ids), ID_PREFIX_BYTES)
-        }
-        ours = {_prefix(entry_id) for _, entry_id in index.items(low, high)}
-        self._offers.extend(sorted(ours - theirs))
-        self._wanted.extend(
-            prefix
-            for prefix in sorted(theirs - ours)
-            if not self._catalogue.holds(prefix)
-        )
+        theirs = set(_shorts(part.ids))
+        ours = {_short(self._salt, i): i for _, i in index.items(low, high)}
+        self._offers.extend(ours[short] for short in sorted(ours.keys() - theirs))
+        self._want(span, theirs - ours.keys())
+
+    def _want(self, span: Span, missing: set[bytes]) -> None:
+        if missing and self._known is None:
+            ids = self._catalogue.unoffered()
+            self._known = frozenset(_short(self._salt, entry_id) for entry_id in ids)
+        wanted = sorted(missing - self._known) if self._known else sorted(missing)
+        if wanted:
+            self._wanted.append(Wanted(span.first, span.last, b"".join(wanted)))
+            self._num_wanted += len(wanted)
 
     def _ask_again(self, asked: Ask, response: Answer) -> None:
         """Put back what was wanted and did not fit, as long as something came."""
         if not response.entries:
             return
-        came = {_prefix(digest(raw)) for raw in response.entries}
-        self._wanted.extendleft(p for p in reversed(asked.wanted) if p not in came)
+        came = {_short(self._salt, digest(raw)) for raw in response.entries}
+        for wanted in reversed(asked.wanted):
+            left = [short for short in _shorts(wanted.ids) if short not in came]
+            if left:
+                again = Wanted(wanted.first, wanted.last, b"".join(left))
+                self._wanted.appendleft(again)
+                self._num_wanted += len(left)

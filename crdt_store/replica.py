@@ -25,13 +25,14 @@ from crdt_store.grants import (
     GRANT_PREFIX,
     REDEMPTION_PREFIX,
     REVOCATION_PREFIX,
+    ROOT_PREFIX,
     Mesh,
     is_authority_key,
 )
-from crdt_store.messages import ID_PREFIX_BYTES
 from crdt_store.outcome import Changes, Outcome
 from crdt_store.ranges import RangeIndex, position
 from crdt_store.slots import Slots, Standing
+from fabric.core.digest import digest
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import public_key_of
 from fabric.core.signing import Signer
@@ -75,8 +76,8 @@ class Replica:
         self._max_entries = max_entries
         self._max_per_author = max_entries_per_author
         self._indexes = {True: RangeIndex(), False: RangeIndex()}
-        self._positions: dict[Slot, int] = {}  # of offered slots
-        self._by_prefix: dict[bytes, Slot] = {}
+        self._offered: dict[bytes, Entry] = {}  # by id
+        self._fading: dict[bytes, Entry] = {}
         self._future: dict[bytes, Entry] = {}
         self._changes = Changes()
         self._touched: set[str] = set()
@@ -255,9 +256,11 @@ class Replica:
         before = self.slots.put(entry)
         if before is not None:
             self._unlist(before)
-        self._by_prefix[entry.id[:ID_PREFIX_BYTES]] = entry.slot
         if entry.fades_at > now:
-            self._list(entry)
+            self._offered[entry.id] = entry
+            self._index_of(entry).add(position(entry.slot), entry.id)
+        else:
+            self._fading[entry.id] = entry
         self._changes.upserts[entry.slot] = entry
         self._changes.deletes.discard(entry.slot)
         self._touched.add(entry.key.split("/", 1)[0])
@@ -274,7 +277,8 @@ class Replica:
                 self._drop(entry.slot)
                 dropped_authority |= is_authority_key(entry.key)
             else:
-                self._unoffer(entry)
+                self._unlist(entry)
+                self._fading[entry.id] = entry
         if dropped_authority:
             self._judge_all()
         due = [
@@ -294,19 +298,13 @@ class Replica:
         touched, self._touched = self._touched, set()
         return touched
 
-    def _list(self, entry: Entry) -> None:
-        at = position(entry.slot)
-        self._positions[entry.slot] = at
-        self._indexes[is_authority_key(entry.key)].add(at, entry.id)
-
-    def _unoffer(self, entry: Entry) -> None:
-        at = self._positions.pop(entry.slot, None)
-        if at is not None:
-            self._indexes[is_authority_key(entry.key)].remove(at, entry.id)
+    def _index_of(self, entry: Entry) -> RangeIndex:
+        return self._indexes[is_authority_key(entry.key)]
 
     def _unlist(self, entry: Entry) -> None:
-        self._unoffer(entry)
-        self._by_prefix.pop(entry.id[:ID_PREFIX_BYTES], None)
+        self._fading.pop(entry.id, None)
+        if self._offered.pop(entry.id, None) is not None:
+            self._index_of(entry).remove(position(entry.slot), entry.id)
 
     def _drop(self, slot: Slot) -> None:
         entry = self.slots.drop(slot)
@@ -326,7 +324,7 @@ class Replica:
             if self.authority.overdrawn(invite_key):
                 for joiner in self.authority.joiners(invite_key):
                     self._judge(self.slots.authored(public_key_of(joiner)))
-        elif replaced or entry.key.startswith(REVOCATION_PREFIX):
+        elif replaced or entry.key.startswith((REVOCATION_PREFIX, ROOT_PREFIX)):
             self._judge_all()
         elif entry.key.startswith(GRANT_PREFIX) and self._judge_records():
             self._judge_all()  # a promoted peer is no longer revoked by an equal
@@ -354,17 +352,19 @@ class Replica:
         """Return the offered ids of the authority tree or of the rest."""
         return self._indexes[authority]
 
-    def holds(self, prefix: bytes) -> bool:
-        """Return whether an entry with this id prefix is held, offered or not."""
-        return prefix in self._by_prefix
+    def unoffered(self) -> Iterable[bytes]:
+        """Return the ids of entries that are held and fade: offered no more."""
+        return self._fading.keys()
 
-    def raw(self, prefix: bytes) -> bytes | None:
-        """Return the offered entry with this id prefix."""
-        slot = self._by_prefix.get(prefix)
-        if slot is None or slot not in self._positions:
-            return None
-        entry = self.slots.get(slot)
+    def raw(self, entry_id: bytes) -> bytes | None:
+        """Return the offered entry with this id."""
+        entry = self._offered.get(entry_id)
         return entry.raw if entry is not None else None
+
+    def state_hash(self) -> str:
+        """Return a hash that is equal on replicas that offer the same entries."""
+        trees = (self._indexes[authority].whole_digest() for authority in (True, False))
+        return digest(b"".join(trees)).hex()
 
     def authority_entries(self) -> list[bytes]:
         """Return every authority entry, those others depend on first."""
@@ -373,14 +373,16 @@ class Replica:
 
     def check_integrity(self) -> None:
         """Assert that indexes, positions and slots agree and all held is valid."""
-        for authority, index in self._indexes.items():
+        listed = 0
+        for index in self._indexes.values():
             index.check_integrity()
-            listed = {s for s in self._positions if is_authority_key(s[0]) == authority}
-            assert len(index) == len(listed)
-        assert len(self._by_prefix) == len(self.slots)
+            listed += len(index)
+        assert listed == len(self._offered)
+        assert len(self._offered) + len(self._fading) == len(self.slots)
         for entry in self.slots:
             assert self.authority.refusal(entry) == ""
-            assert self._by_prefix[entry.id[:ID_PREFIX_BYTES]] == entry.slot
+            known = self._offered.get(entry.id) or self._fading.get(entry.id)
+            assert known is entry
 
 
 def decode_batch_untrusted(raws: Iterable[bytes]) -> tuple[list[Entry], int]:

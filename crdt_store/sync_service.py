@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -10,7 +11,7 @@ import msgspec
 import trio
 
 from crdt_store.config import StoreConfig
-from crdt_store.messages import SYNC_METHOD, Ask
+from crdt_store.messages import SALT_BYTES, SYNC_METHOD, Ask
 from crdt_store.reconcile import Session, answer, parse_request_untrusted
 from crdt_store.replica import Replica
 from crdt_store.schedule import SyncSchedule
@@ -79,7 +80,7 @@ class Reconciler:
         """
         self._schedule.began(peer)
         sent = received = 0
-        session = Session(self._replica)
+        session = Session(self._replica, os.urandom(SALT_BYTES))
         try:
             with trio.fail_after(self._config.sync_timeout_seconds):
                 while (request := session.next_request()) is not None:

@@ -15,6 +15,11 @@ def digest(data: bytes | bytearray | memoryview) -> bytes:
     return blake3(data).digest()
 
 
+def long_digest(data: bytes | bytearray | memoryview, num_bytes: int) -> bytes:
+    """Return the first ``num_bytes`` of the BLAKE3 output stream of ``data``."""
+    return blake3(data).digest(length=num_bytes)
+
+
 def hex_digest(data: bytes | bytearray | memoryview) -> str:
     """Return the BLAKE3 of ``data`` as 64 hex characters."""
     return blake3(data).hexdigest()

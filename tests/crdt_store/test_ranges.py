@@ -65,3 +65,22 @@ def test_fingerprints_tell_sets_apart(one, other) -> None:
         indexes.append(index)
     same = indexes[0].fingerprint() == indexes[1].fingerprint()
     assert same == (one == other)
+
+
+def test_ids_that_add_up_alike_do_not_pass_for_one_another() -> None:
+    """What an author could grind while sums were of the ids themselves."""
+    one, other = RangeIndex(), RangeIndex()
+    low, high = digest(b"low")[:31] + b"\x05", digest(b"high")[:31] + b"\x05"
+    less, more = low[:31] + b"\x04", high[:31] + b"\x06"
+    for index, ids in ((one, (low, high)), (other, (less, more))):
+        for place, entry_id in enumerate(ids):
+            index.add(place, entry_id)
+    assert one.fingerprint() != other.fingerprint()
+    assert one.whole_digest() != other.whole_digest()
+
+
+def test_a_fingerprint_is_another_with_another_salt() -> None:
+    index = RangeIndex()
+    index.add(1, digest(b"x"))
+    assert index.fingerprint(salt=b"a" * 8) != index.fingerprint(salt=b"b" * 8)
+    assert index.whole_digest() == index.whole_digest()
