@@ -28,6 +28,8 @@ DOMAIN_TLS = b"libp2p-tls-handshake:"
 """Identity certificates (libp2p specs, tls/tls.md)."""
 DOMAIN_EVIDENCE = b"fabric/evidence/1\0"
 """Software evidence shown to a verifier."""
+DOMAIN_ALIVE = b"fabric/alive/1\0"
+"""Claims that a peer lives in an incarnation (crdt_store/liveness)."""
 DOMAIN_ENVELOPE = b"fabric/envelope/1\0"
 """Everything in a :class:`Signed` envelope."""
 

@@ -1,0 +1,256 @@
+r"""What one peer believes of each member, from first-hand words and from hearsay.
+
+              first word                 silence, hearsay            time is over
+    unknown ------------> alive ----------------------------> suspect ----------> dead
+                            ^------------------------------------+-----------------+
+                              its own word: a message, a connection, a signed claim
+
+Hearsay never kills: whatever others say of a member starts a suspicion of our own, in
+which it can answer, and at its end we ask once more ourselves. Hearsay never revives
+either, but for the member's own signature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from enum import StrEnum
+from random import Random
+
+from crdt_store.liveness.config import LivenessConfig
+from crdt_store.liveness.messages import MAX_INTRODUCED, Claim, Standing
+from crdt_store.liveness.news import News
+from crdt_store.liveness.rounds import Rounds
+from crdt_store.liveness.suspicions import Suspicions
+from fabric.core.ids import PeerId
+
+MAX_JUMP = 2**32
+"""A claim further ahead than this is a lie: it would use up all incarnations."""
+MAX_HEARD = 256
+"""Peers of which we remember when we heard them last."""
+
+Verify = Callable[[PeerId, int, bytes], bool]
+"""Whether a member signed that it lives in an incarnation."""
+
+
+class State(StrEnum):
+    """What we believe of a member."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    UNKNOWN = "unknown"
+
+
+class Beliefs:
+    """The members, and what we believe of them.
+
+    Args:
+        me: This peer.
+        config: Periods.
+        rng: Order of probes.
+        verify: Checks a member's claim that it lives.
+
+    Attributes:
+        rounds: The members and whom to probe next.
+        news: Claims to pass on.
+        counts: Refused claims, by name.
+        hinted: Members to look at soon.
+        urgent: A suspicion was answered: others should hear before it ends there.
+    """
+
+    def __init__(
+        self, me: PeerId, config: LivenessConfig, rng: Random, verify: Verify
+    ) -> None:
+        self.rounds = Rounds(rng)
+        self.news = News()
+        self.counts: Counter[str] = Counter()
+        self.hinted: dict[PeerId, None] = {}
+        self.urgent = False
+        self.dead: dict[PeerId, int] = {}
+        self.suspicions = Suspicions(config)
+        self._me = me
+        self._config = config
+        self._verify = verify
+        self._unknown: set[PeerId] = set()
+        self._incarnations: dict[PeerId, int] = {}
+        self._heard: dict[PeerId, float] = {}
+        self._owed: dict[PeerId, Claim] = {}
+        self._changed: set[PeerId] = set()
+
+    # --- what they are
+
+    def state(self, peer: PeerId) -> State:
+        """Return what we believe of ``peer``; ourselves are alive."""
+        if peer in self.dead:
+            return State.DEAD
+        if peer in self.suspicions:
+            return State.SUSPECT
+        known = peer == self._me or (peer in self.rounds and peer not in self._unknown)
+        return State.ALIVE if known else State.UNKNOWN
+
+    @property
+    def num_members(self) -> int:
+        """Members that are not dead, ourselves included."""
+        return len(self.rounds) + 1 - len(self.dead)
+
+    def heard_at(self, peer: PeerId) -> float | None:
+        """Return when ``peer`` itself said something last, if not long ago."""
+        return self._heard.get(peer)
+
+    def take_changes(self) -> set[PeerId]:
+        """Return and forget whose state changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def take_news(self, peer: PeerId) -> tuple[Claim, ...]:
+        """Return claims for ``peer``; what is said of itself always comes first."""
+        owed = self._owed.pop(peer, None)
+        if owed is not None:
+            self.hinted.pop(peer, None)
+        about = owed or self.accusation(peer)
+        news = self.news.take(self.num_members)
+        if about is None:
+            return news
+        return (about, *(claim for claim in news if claim != about))
+
+    def introduction(self) -> tuple[Claim, ...]:
+        """Return who is absent, for a newcomer; all others are there."""
+        dead = [Claim(p, i, Standing.DEAD, self._me) for p, i in self.dead.items()]
+        return tuple(dead[-MAX_INTRODUCED:])
+
+    def accusation(self, peer: PeerId) -> Claim | None:
+        """Return what is held against ``peer``."""
+        if peer in self.dead:
+            return Claim(peer, self.dead[peer], Standing.DEAD, self._me)
+        suspicion = self.suspicions.get(peer)
+        if suspicion is None:
+            return None
+        return Claim(peer, suspicion.incarnation, Standing.SUSPECT, self._me)
+
+    # --- who is a member
+
+    def add(self, peer: PeerId) -> None:
+        """``peer`` became a member, of whom nothing is known."""
+        self.rounds.add(peer)
+        self._unknown.add(peer)
+        self._changed.add(peer)
+
+    def forget(self, peer: PeerId) -> None:
+        """``peer`` is no member any more."""
+        self.rounds.remove(peer)
+        self._unknown.discard(peer)
+        self.suspicions.lift(peer)
+        self.news.forget(peer)
+        for table in (self.dead, self._incarnations, self._heard, self._owed):
+            table.pop(peer, None)
+        self.hinted.pop(peer, None)
+        self._changed.add(peer)
+
+    def assume_alive(self) -> None:
+        """Believe of those that nobody called absent that they are there."""
+        self._changed |= self._unknown
+        self._unknown.clear()
+
+    # --- first hand
+
+    def witness(self, peer: PeerId, incarnation: int | None, now: float) -> None:
+        """Take the word of member ``peer`` itself, in ``incarnation`` if it says so."""
+        self._heard.pop(peer, None)
+        self._heard[peer] = now
+        if len(self._heard) > MAX_HEARD:
+            del self._heard[next(iter(self._heard))]
+        self.hinted.pop(peer, None)
+        said = self._incarnations.get(peer, 0)
+        if incarnation is not None and said < incarnation <= said + MAX_JUMP:
+            self._incarnations[peer] = said = incarnation
+        accusation = self.accusation(peer)
+        if accusation is not None and accusation.incarnation >= said:
+            self._owed[peer] = accusation  # others heard it too: let it refute
+            self.hinted[peer] = None
+        self._revive(peer)
+
+    def _revive(self, peer: PeerId) -> None:
+        was = self.state(peer)
+        self.dead.pop(peer, None)
+        self.suspicions.lift(peer)
+        self._unknown.discard(peer)
+        if was is not State.ALIVE:
+            self._changed.add(peer)
+            self.news.acquit(peer)
+
+    def suspect(self, peer: PeerId, now: float) -> None:
+        """Nobody we asked reached ``peer``."""
+        incarnation = self._incarnations.get(peer, 0)
+        self._accuse(Claim(peer, incarnation, Standing.SUSPECT, self._me), now)
+        suspicion = self.suspicions.get(peer)
+        assert suspicion is not None
+        suspicion.tried = True
+
+    def untried(self, now: float) -> list[PeerId]:
+        """Return the suspects whose time is over, but whom we never asked ourselves."""
+        due = self.suspicions.due(now)
+        return [p for p in due if (s := self.suspicions.get(p)) and not s.tried]
+
+    def bury_due(self, now: float) -> list[PeerId]:
+        """Return the suspects whose time is over; they are dead now."""
+        over = self.suspicions.due(now)
+        for peer in over:
+            suspicion = self.suspicions.lift(peer)
+            assert suspicion is not None
+            self.hinted.pop(peer, None)
+            self.dead[peer] = suspicion.incarnation
+            self._changed.add(peer)
+            self.news.add(Claim(peer, suspicion.incarnation, Standing.DEAD, self._me))
+        return over
+
+    # --- hearsay
+
+    def hear_claim(self, claim: Claim, now: float) -> None:
+        """Take a claim about somebody else than ourselves."""
+        peer = claim.subject
+        known = self._incarnations.get(peer, 0)
+        if peer not in self.rounds or claim.incarnation < known:
+            return
+        if claim.incarnation > known + MAX_JUMP:
+            self.counts["claim_too_far"] += 1
+        elif claim.standing is Standing.ALIVE:
+            self._hear_life(claim, known)
+        elif self._met_lately(peer, now):
+            self._owed[peer] = claim  # it told us otherwise just now
+        elif peer not in self.dead:
+            self._accuse(claim, now)
+
+    def _met_lately(self, peer: PeerId, now: float) -> bool:
+        heard = self._heard.get(peer, -math.inf)
+        return now - heard < self._config.period_seconds
+
+    def _hear_life(self, claim: Claim, known: int) -> None:
+        peer, incarnation = claim.subject, claim.incarnation
+        accusation = self.accusation(peer)
+        answers = accusation is not None and accusation.incarnation < incarnation
+        if incarnation <= known and not answers:
+            return
+        if not self._verify(peer, incarnation, claim.signature):
+            self.counts["bad_signature"] += 1
+            return
+        self._incarnations[peer] = incarnation
+        if accusation is None or answers:
+            self._revive(peer)
+        self.urgent |= answers
+        self.news.add(claim)
+
+    def _accuse(self, claim: Claim, now: float) -> None:
+        news = self.suspicions.accuse(
+            claim.subject,
+            claim.accuser,
+            claim.incarnation,
+            now,
+            self.num_members,
+            proven=claim.standing is Standing.DEAD,
+        )
+        self._unknown.discard(claim.subject)
+        self._changed.add(claim.subject)
+        if news:
+            self.news.add(claim)
