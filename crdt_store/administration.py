@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from crdt_store.authority import Authority
 from crdt_store.grants import (
     CODEC,
     GRANT_PREFIX,
@@ -17,6 +18,8 @@ from crdt_store.grants import (
 from crdt_store.invites import make_invite
 from crdt_store.roles import Role
 from crdt_store.slots import Slots
+from crdt_store.trust import trust_rows
+from crdt_store.trust_row import TrustRow
 from crdt_store.views import DAY_SECONDS, Put
 from fabric.core.ids import PeerId, public_key_of
 from fabric.core.signing import Signer
@@ -33,12 +36,14 @@ class Administration:
         self,
         mesh: Mesh,
         slots: Slots,
+        authority: Authority,
         signer: Signer,
         put: Put,
         clock: Callable[[], float],
     ) -> None:
         self._mesh = mesh
         self._slots = slots
+        self._authority = authority
         self._signer = signer
         self._put = put
         self._clock = clock
@@ -91,3 +96,16 @@ class Administration:
         """Take back our revocation of ``peer``."""
         record = Revocation(0, lifted=True)
         await self._put(REVOCATION_PREFIX + peer, CODEC.encode(record), 0)
+
+    def rows(self) -> list[TrustRow]:
+        """Return who is a member and which invites there are."""
+        return trust_rows(self._slots, self._authority, self._clock())
+
+    @property
+    def root(self) -> PeerId:
+        """The present root key."""
+        return self._authority.root
+
+    def root_signed(self) -> list[bytes]:
+        """Return the ids of the entries that the present root signed."""
+        return [entry.id for entry in self._slots.authored(public_key_of(self.root))]

@@ -4,7 +4,8 @@ Authority flows strictly downwards (root > owner > admin > the rest), so whether
 record is valid depends only on records of higher rank and there are no cycles:
 
     root --grant--> owner --grant--> admin --invite K--> K --redemption--> member
-                      \__________________ revocation ______________________/
+     |                \__________________ revocation ______________________/
+     succession--> new root
 
 A *source* is why a peer is a member: a valid grant, or a redemption among the first
 ``uses`` of its invite by (hlc, id). Validity of an entry is judged at the entry's own
@@ -27,10 +28,12 @@ from crdt_store.grants import (
     Mesh,
     Redemption,
     Revocation,
+    Succession,
     is_authority_key,
     parse_record_untrusted,
 )
-from crdt_store.roles import INVITABLE, RANK, Role, may_write
+from crdt_store.roles import INVITABLE, RANK, ROOT_RANK, Role, may_write
+from crdt_store.roots import Roots
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import PeerId, peer_id_of, short
 from fabric.net.ports import ALLOWED, Decision
@@ -82,7 +85,7 @@ class Authority:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self._root = peer_id_of(mesh.root)
+        self._roots = Roots(peer_id_of(mesh.root))
         self._records: dict[Slot, AuthorityRecord] = {}
         self._grants: _Index = defaultdict(dict)
         self._invites: _Index = defaultdict(dict)
@@ -91,6 +94,11 @@ class Authority:
         self._invited: dict[PeerId, set[str]] = defaultdict(set)
         self._profiles: dict[PeerId, _Profile] = {}
         self._refused: dict[PeerId, Refusal] = {}
+
+    @property
+    def root(self) -> PeerId:
+        """The present root key."""
+        return self._roots.present
 
     # --- judging entries
 
@@ -127,8 +135,10 @@ class Authority:
             return self._redemption_refusal(record)
         if isinstance(value, InviteTerms) and value.role not in INVITABLE:
             return "malformed"
-        if signer == self._root:
+        if self._roots.signed(record.entry):
             return ""
+        if isinstance(value, Succession):
+            return "unauthorised"
         profile = self._profile(signer)
         if self._voided(profile, record.entry):
             return "revoked"
@@ -144,6 +154,8 @@ class Authority:
                 return max(self._profile(record.subject).rank + 1, RANK[Role.ADMIN])
             case InviteTerms() | Redemption():
                 return RANK[Role.ADMIN]
+            case Succession():
+                return ROOT_RANK + 1  # only the root itself
 
     def _redemption_refusal(self, record: AuthorityRecord) -> Refusal:
         if record.entry.peer != record.invite_key:
@@ -178,6 +190,10 @@ class Authority:
         """Take in a valid authority entry; it replaces an older one of its slot."""
         record = parse_record_untrusted(entry)
         self._records[entry.slot] = record
+        if isinstance(record.record, Succession):
+            self._roots.add(record)
+            self._profiles.clear()
+            return
         index, about = self._index(record)
         index[about][entry.slot] = record
         if isinstance(record.record, Redemption):
@@ -187,6 +203,10 @@ class Authority:
     def remove(self, slot: Slot) -> None:
         """Forget the record in ``slot``."""
         record = self._records.pop(slot)
+        if isinstance(record.record, Succession):
+            self._roots.remove(record)
+            self._profiles.clear()
+            return
         index, about = self._index(record)
         del index[about][slot]
         if not index[about]:
@@ -205,6 +225,8 @@ class Authority:
                 return self._revocations, record.subject
             case Redemption():
                 return self._redemptions, record.invite_key
+            case Succession():
+                raise AssertionError("successions are in _roots")
 
     def _forget_profiles(self, record: AuthorityRecord) -> None:
         if isinstance(record.record, Redemption):

@@ -3,30 +3,34 @@
 0/grant/<subject>     Grant         by the root, or a delegating member that outranks
 0/inv/<K>             InviteTerms   by the root, an owner or an admin
 0/rev/<peer>          Revocation    by the root, or a member that outranks
+0/root/<new root>     Succession    by the root it follows
 inv/<K>/<joiner>      Redemption    by the one-off key K
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 
 from crdt_store.clock import stamp
-from crdt_store.entry import Entry, sign_entry
+from crdt_store.entry import Entry, decode_entry_untrusted, sign_entry
 from crdt_store.roles import Role
 from fabric.core.codec import Codec
 from fabric.core.digest import hex_digest
-from fabric.core.errors import RemoteProtocolError
+from fabric.core.errors import ConfigError, RemoteProtocolError
 from fabric.core.ids import MeshId, PeerId, public_key_of
 from fabric.core.signing import Signer
 
 GRANT_PREFIX = "0/grant/"
 INVITE_PREFIX = "0/inv/"
 REVOCATION_PREFIX = "0/rev/"
+ROOT_PREFIX = "0/root/"
 REDEMPTION_PREFIX = "inv/"
 
+MAX_NAME_CHARS = 100
 MAX_KEPT = 128
 """Entry ids a revocation can list: 16 B each, in a value of 4 KiB."""
 KEPT_ID_BYTES = 16
@@ -94,7 +98,20 @@ class Revocation(msgspec.Struct, frozen=True, tag="revocation"):
         return self.kept is not None and entry.id[:KEPT_ID_BYTES] not in self.kept
 
 
-Record = Grant | InviteTerms | Redemption | Revocation
+class Succession(msgspec.Struct, frozen=True, tag="succession"):
+    """The signer, until now the root, gives way to the key this record is about.
+
+    Attributes:
+        kept: Id prefixes of what the old root signed and stays valid. Everything else
+            it signed or will sign is void, whatever clock it bears: a key that leaks
+            later can do nothing. A second succession of the same root is void where
+            the first is held.
+    """
+
+    kept: Annotated[tuple[KeptId, ...], msgspec.Meta(max_length=MAX_KEPT)]
+
+
+Record = Grant | InviteTerms | Redemption | Revocation | Succession
 CODEC: Codec[Record] = Codec(Record, max_bytes=4096)
 
 
@@ -105,7 +122,8 @@ class AuthorityRecord:
     Attributes:
         entry: The entry that holds it.
         record: Its value.
-        subject: Whom it is about: grantee, revoked peer, K, or the joiner.
+        subject: Whom it is about: grantee, revoked peer, K, the joiner, or the new
+            root.
         invite_key: K of a redemption, else empty.
     """
 
@@ -125,6 +143,7 @@ def _about(key: str) -> tuple[type[Record], str, str]:
         (GRANT_PREFIX, Grant),
         (INVITE_PREFIX, InviteTerms),
         (REVOCATION_PREFIX, Revocation),
+        (ROOT_PREFIX, Succession),
     ):
         if key.startswith(prefix):
             return kind, key.removeprefix(prefix), ""
@@ -153,7 +172,7 @@ def parse_record_untrusted(entry: Entry) -> AuthorityRecord:
 class Mesh(msgspec.Struct, frozen=True):
     """The name and root key of a mesh: all a peer needs to judge its entries."""
 
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
     root: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
     @property
@@ -168,6 +187,58 @@ def sign_grant(
     """Return the entry that gives ``subject`` the role in ``grant``."""
     key = GRANT_PREFIX + subject
     return sign_entry(signer, mesh, key, hlc, 0, CODEC.encode(grant))
+
+
+def sign_succession(
+    root: Signer, mesh: MeshId, new_root: PeerId, kept: Iterable[bytes], hlc: int
+) -> Entry:
+    """Return the entry with which ``root`` gives way to ``new_root``.
+
+    Args:
+        root: The present root key.
+        mesh: Id of the mesh; it stays.
+        new_root: PeerId of the new root key.
+        kept: Ids of the entries signed by ``root`` that stay valid, at most MAX_KEPT.
+        hlc: Stamp of the entry.
+
+    Raises:
+        ConfigError: too many are kept.
+    """
+    prefixes = tuple(sorted(entry_id[:KEPT_ID_BYTES] for entry_id in kept))
+    if len(prefixes) > MAX_KEPT:
+        raise ConfigError(
+            f"the root signed {len(prefixes)} entries, more than {MAX_KEPT}",
+            next_step="revoke grants nobody needs any more, then rotate",
+        )
+    value = CODEC.encode(Succession(prefixes))
+    return sign_entry(root, mesh, ROOT_PREFIX + new_root, hlc, 0, value)
+
+
+def founded_untrusted(name: str, root: bytes, grant: bytes, owner: PeerId) -> Mesh:
+    """Return the mesh in which ``grant`` makes ``owner`` the first owner.
+
+    Raises:
+        ConfigError: the name or key is out of bounds, or the grant says otherwise.
+    """
+    if not 1 <= len(name) <= MAX_NAME_CHARS or len(root) != 32:
+        raise ConfigError(f"a mesh name has 1-{MAX_NAME_CHARS} characters")
+    mesh = Mesh(name, root)
+    try:
+        entry = decode_entry_untrusted(grant)
+        record = parse_record_untrusted(entry)
+    except RemoteProtocolError as exc:
+        raise ConfigError(f"the grant of the first owner: {exc.reason}") from exc
+    founds = (
+        entry.mesh == mesh.id
+        and entry.author == root
+        and record.subject == owner
+        and isinstance(record.record, Grant)
+        and record.record.role is Role.OWNER
+        and entry.signature_matches()
+    )
+    if not founds:
+        raise ConfigError("the root does not make this peer an owner of this mesh")
+    return mesh
 
 
 def create_mesh(

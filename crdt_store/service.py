@@ -112,7 +112,9 @@ class Store:
         self._later, self._to_put = trio.open_memory_channel[tuple[str, bytes, int]](
             _MAX_LATER
         )
-        self.admin = Administration(self.mesh, replica.slots, signer, self.put, clock)
+        self.admin = Administration(
+            self.mesh, replica.slots, replica.authority, signer, self.put, clock
+        )
         self._make_views()
 
     def _make_views(self) -> None:
@@ -228,8 +230,7 @@ class Store:
 
     def state_hash(self) -> str:
         """Return a hash that is equal on replicas that offer the same entries."""
-        trees = (self._replica.index(authority=a).fingerprint() for a in (True, False))
-        return b"".join(trees).hex()
+        return self._replica.state_hash()
 
     # --- authority
 

@@ -130,6 +130,7 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
         roles: What it offers ("relay", ...), not what it may do.
         data_addrs: "ip:port" at which the world reaches its data plane, if it does:
             peers behind NATs learn there how they are seen.
+        left: It said goodbye; the record only tells that.
     """
 
     name: Name
@@ -139,6 +140,7 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: Count = 0
     roles: Annotated[tuple[Name, ...], msgspec.Meta(max_length=8)] = ()
     data_addrs: Annotated[tuple[Name, ...], msgspec.Meta(max_length=8)] = ()
+    left: bool = False
 
 
 _MEMBER: Values[MemberRecord] = Values(MemberRecord)
@@ -155,11 +157,20 @@ class Members(View):
         await self._put(f"m/{self._me}", value, MEMBER_TTL_SECONDS)
 
     def get(self, peer: PeerId) -> MemberRecord | None:
-        """Return the record of ``peer``."""
-        return _MEMBER.read(self._slots.get((f"m/{peer}", public_key_of(peer))))
+        """Return the record of ``peer``, if it has one and did not leave."""
+        record = _MEMBER.read(self._slots.get((f"m/{peer}", public_key_of(peer))))
+        return None if record is None or record.left else record
 
     def all(self) -> dict[PeerId, MemberRecord]:
-        """Return all records, ours included."""
+        """Return the records of all who did not leave, ours included."""
+        found = self._read()
+        return {peer: record for peer, record in found.items() if not record.left}
+
+    def left(self) -> frozenset[PeerId]:
+        """Return who said goodbye; they may still have the right to come back."""
+        return frozenset(peer for peer, record in self._read().items() if record.left)
+
+    def _read(self) -> dict[PeerId, MemberRecord]:
         found = {entry.peer: _MEMBER.read(entry) for entry in self._slots.under("m/")}
         return {peer: record for peer, record in found.items() if record is not None}
 

@@ -13,6 +13,7 @@ from fabric.app import control_messages as m
 from fabric.app.client import RECEIVE_BYTES, not_running, spec_of
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
+from fabric.app.root_key import found_mesh
 from fabric.core.errors import FabricError, Unavailable
 from fabric.jobs.spec import CODEC, JobSpec
 
@@ -54,8 +55,12 @@ class AsyncClient:
         return await self.one(m.Status(), m.StatusView)
 
     async def mesh_init(self, name: str) -> str:
-        """Create a mesh owned by this peer; return its id."""
-        return (await self.one(m.MeshInit(name), m.Line)).text
+        """Create a mesh owned by this peer; return its id.
+
+        See :meth:`fabric.app.client.Client.mesh_init`.
+        """
+        request, _ = found_mesh(name, (await self.status()).peer)
+        return (await self.one(request, m.Line)).text
 
     async def invite(
         self, *, role: str = "worker", ttl_seconds: float = 3600, uses: int = 1

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import cyclopts
 
-from fabric.app import cli_content, cli_jobs, cli_mesh, cli_net
+from fabric.app import cli_content, cli_jobs, cli_mesh, cli_net, cli_trust
 from fabric.app.cli_output import show_error
 from fabric.app.config_loader import parse_assignment
 from fabric.core.errors import FabricError
@@ -85,6 +85,7 @@ def main() -> None:
 
 
 cli_mesh.add_to(app)
+cli_trust.add_to(app)
 cli_net.add_to(app)
 cli_jobs.add_to(app)
 cli_content.add_to(app)

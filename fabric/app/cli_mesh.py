@@ -1,10 +1,12 @@
-"""Verbs about the mesh: init, invite, join, leave, status, why, down."""
+"""Verbs about this peer in its mesh: invite, join, leave, status, why, down."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import cyclopts
+import segno
 
 from fabric.app.cli_output import (
     mbit,
@@ -12,7 +14,6 @@ from fabric.app.cli_output import (
     show_json,
     show_table,
     show_text,
-    talk,
 )
 from fabric.app.client import connect
 from fabric.core.errors import ConfigError
@@ -36,38 +37,29 @@ def seconds_of(text: str) -> float:
         ) from None
 
 
-def mesh_init(name: str, *, home: Path | None = None, json: bool = False) -> None:
-    """Create a mesh with this peer as its owner.
-
-    Args:
-        name: Name of the mesh, for people.
-        home: Directory of the peer to talk to.
-        json: Print JSON.
-    """
-    mesh = connect(home).mesh_init(name)
-    show_json({"mesh": mesh, "name": name}) if json else show_text(mesh)
-    talk("next: `fabric invite` makes a token for another machine")
-
-
 def invite(
     *,
     role: str = "worker",
     ttl: str = "1h",
     uses: int = 1,
+    qr: bool = False,
     home: Path | None = None,
     json: bool = False,
 ) -> None:
     """Print a token with which others can join; keep it secret.
 
     Args:
-        role: worker, client or relay.
+        role: worker, client, relay or verifier.
         ttl: How long it is good for: 90s, 15m, 2h, 1d.
         uses: How many peers may use it.
+        qr: Also draw it, for a camera.
         home: Directory of the peer to talk to.
         json: Print JSON.
     """
     token = connect(home).invite(role=role, ttl_seconds=seconds_of(ttl), uses=uses)
     show_json({"token": token}) if json else show_text(token)
+    if qr:
+        segno.make(token, error="l").terminal(sys.stderr, border=2, compact=True)
 
 
 def join(token: str, *, home: Path | None = None, json: bool = False) -> None:
@@ -157,8 +149,5 @@ def down(*, drain: bool = False, home: Path | None = None, json: bool = False) -
 
 def add_to(app: cyclopts.App) -> None:
     """Add these verbs to ``app``."""
-    mesh = cyclopts.App(name="mesh", help="Create a mesh.")
-    mesh.command(name="init")(mesh_init)
-    app.command(mesh)
     for verb in (invite, join, leave, status, why, down):
         app.command(verb)

@@ -20,11 +20,14 @@ from typing import TypeVar
 
 import msgspec
 
+from crdt_store.trust_row import TrustRow
 from fabric.app import control_messages as m
 from fabric.app.config_loader import set_at
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
+from fabric.app.root_key import found_mesh, write_root_key
 from fabric.core.errors import FabricError, PeerTimeout, Unavailable
+from fabric.core.ids import PeerId
 from fabric.jobs.spec import CODEC, JobSpec, load_spec
 from fabric.jobs.spec import spec_of as spec_of_tree
 from nat.doctor.findings import Finding
@@ -115,9 +118,21 @@ class Client:
         """Return this peer, its mesh and its peers."""
         return self.one(m.Status(), m.StatusView)
 
-    def mesh_init(self, name: str) -> str:
-        """Create a mesh owned by this peer; return its id."""
-        return self.one(m.MeshInit(name), m.Line).text
+    def mesh_init(
+        self, name: str, *, root_file: Path | None = None, passphrase: str = ""
+    ) -> str:
+        """Create a mesh owned by this peer; return its id.
+
+        Args:
+            name: 1-100 characters.
+            root_file: Where to keep the root key, sealed with ``passphrase``. None: it
+                is forgotten, and nobody can ever name another owner.
+            passphrase: Must not be empty when there is a ``root_file``.
+        """
+        request, key = found_mesh(name, PeerId(self.status().peer))
+        if root_file is not None:
+            write_root_key(root_file, key, passphrase)
+        return self.one(request, m.Line).text
 
     def invite(
         self, *, role: str = "worker", ttl_seconds: float = 3600, uses: int = 1
@@ -132,6 +147,31 @@ class Client:
     def leave(self) -> None:
         """Leave the mesh and forget it."""
         self.one(m.Leave(), m.Line)
+
+    def trust(self) -> list[TrustRow]:
+        """Return who is a member by whose word, and the invites."""
+        return list(self.items(m.Trust(), TrustRow))
+
+    def grant(self, peer: str, role: str) -> None:
+        """Give ``peer`` a role below our own."""
+        self.one(m.Grant(peer, role), m.Line)
+
+    def revoke(self, peer: str, reason: str = "") -> None:
+        """Void the membership of ``peer``, or an invite."""
+        self.one(m.Revoke(peer, reason), m.Line)
+
+    def lift_revocation(self, peer: str) -> None:
+        """Take back our revocation of ``peer``."""
+        self.one(m.Revoke(peer, lift=True), m.Line)
+
+    def root_signed(self) -> tuple[PeerId, list[bytes]]:
+        """Return the present root key's id and the ids of what it signed."""
+        root, *ids = self.one(m.RootSigned(), m.Lines).lines
+        return PeerId(root), [bytes.fromhex(text) for text in ids]
+
+    def add_authority(self, entry: bytes) -> None:
+        """Bring an entry that the root signed into the mesh."""
+        self.one(m.AddAuthority(entry), m.Line)
 
     def submit(
         self, spec: JobSpec | str | Path, set: Mapping[str, object] | None = None

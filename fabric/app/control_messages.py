@@ -24,9 +24,15 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
 
 class MeshInit(msgspec.Struct, frozen=True, tag="mesh_init"):
-    """Create a mesh with this peer as its owner."""
+    """Create a mesh with this peer as its owner.
+
+    The root key stays with whoever asks: the daemon gets its public half and the entry
+    that it signed.
+    """
 
     name: Text
+    root: bytes
+    grant: bytes
 
 
 class Invite(msgspec.Struct, frozen=True, tag="invite"):
@@ -41,6 +47,35 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     """Join the mesh of an invite token."""
 
     token: Text
+
+
+class Trust(msgspec.Struct, frozen=True, tag="trust"):
+    """List members and invites; each item is a ``crdt_store.trust.TrustRow``."""
+
+
+class Grant(msgspec.Struct, frozen=True, tag="grant"):
+    """Give a peer a role below this peer's own."""
+
+    peer: Text
+    role: Text
+
+
+class Revoke(msgspec.Struct, frozen=True, tag="revoke"):
+    """Void a membership or an invite; ``lift`` takes that back."""
+
+    peer: Text
+    reason: Text = ""
+    lift: bool = False
+
+
+class RootSigned(msgspec.Struct, frozen=True, tag="root_signed"):
+    """Return the present root's PeerId, then hex ids of what it signed."""
+
+
+class AddAuthority(msgspec.Struct, frozen=True, tag="add_authority"):
+    """Take in an authority entry that was signed elsewhere, by the root."""
+
+    entry: bytes
 
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
@@ -138,6 +173,11 @@ Request = (
     | Invite
     | Join
     | Leave
+    | Trust
+    | Grant
+    | Revoke
+    | RootSigned
+    | AddAuthority
     | Submit
     | Jobs
     | JobEvents

@@ -16,6 +16,7 @@ from fabric.app.checkpoint_flow import content_root
 from fabric.app.control_net import findings, ping
 from fabric.app.explain import explain_peer, peer_rows
 from fabric.app.session import ENDED, Session
+from fabric.app.trust import change_trust
 from fabric.core.errors import ConfigError, Unavailable
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.service import JobView
@@ -50,7 +51,7 @@ class ControlVerbs:
                 many = ping(self._session, request)
             case m.Doctor():
                 many = findings(self._session, request.peer)
-            case m.Jobs() | m.ContentList():
+            case m.Jobs() | m.ContentList() | m.Trust():
                 many = self._rows(request)
             case _:
                 yield await self._one(request)
@@ -59,10 +60,14 @@ class ControlVerbs:
             async for result in many:
                 yield result
 
-    async def _rows(self, request: m.Jobs | m.ContentList) -> Results:
+    async def _rows(self, request: m.Jobs | m.ContentList | m.Trust) -> Results:
         if isinstance(request, m.Jobs):
             for view in self._session.jobs.jobs():
                 yield job_row(view)
+            return
+        if isinstance(request, m.Trust):
+            for row in self._session.store.admin.rows():
+                yield row
             return
         for stat in await trio.to_thread.run_sync(self._session.blobs.ls):
             yield m.ContentRow(stat.root, stat.name, stat.size, stat.pinned)
@@ -73,6 +78,9 @@ class ControlVerbs:
                 return self._status()
             case m.Why():
                 return m.Lines(await self._why(request.subject))
+            case m.RootSigned():
+                admin = self._session.store.admin
+                return m.Lines((admin.root, *(i.hex() for i in admin.root_signed())))
             case _:
                 return m.Line(await self._do(request))
 
@@ -83,8 +91,8 @@ class ControlVerbs:
     async def _do(self, request: m.Request) -> str:
         """Do what changes something; return one string."""
         match request:
-            case m.MeshInit(name):
-                return await self._node.mesh_init(name)
+            case m.MeshInit(name, root, grant):
+                return await self._node.mesh_init(name, root, grant)
             case m.Invite(role, ttl_seconds, uses):
                 return await self._node.invite(role, ttl_seconds, uses)
             case m.Join(token):
@@ -99,6 +107,8 @@ class ControlVerbs:
 
     async def _do_in_mesh(self, session: Session, request: m.Request) -> str:
         match request:
+            case m.Grant() | m.Revoke() | m.AddAuthority():
+                await change_trust(session, request)
             case m.Submit(spec):
                 return await session.jobs.submit(CODEC.decode_untrusted(spec))
             case m.StopJob(job):

@@ -16,6 +16,8 @@ from nat.doctor.peer import diagnose_peer, why_not_better
 
 WHY_SECONDS = 5.0
 """Bound of dialling a peer's addresses for an explanation."""
+TRIED = ("peer.nat", "peer.relay", "peer.punch")
+"""Lines of the doctor's chain that tell what was tried, also when all is well."""
 
 
 def path_of(session: Session, peer: PeerId) -> str:
@@ -38,6 +40,7 @@ def peer_rows(session: Session) -> tuple[PeerView, ...]:
     """Return a row for each other member, by name."""
     members = session.store.members.all()
     known = session.store.authority.members() | set(members)
+    known -= session.store.members.left()
     rows = [_row(session, peer) for peer in known - {session.own}]
     return tuple(sorted(rows, key=lambda row: (row.name, row.peer)))
 
@@ -89,10 +92,12 @@ async def explain_peer(session: Session, peer: PeerId) -> tuple[str, ...]:
     """
     lines = [f"peer {peer}", *_introduce(session, peer)]
     nat = traversal_of(session)
-    with trio.move_on_after(WHY_SECONDS):
+    with trio.move_on_after(WHY_SECONDS) as scope:
         facts = await collect_peer(session, nat, peer)
         own = Facts(reachability=None if nat is None else nat.reachability())
         lines += _sentences(facts, own)
+    if scope.cancelled_caught:
+        lines.append(f"its addresses gave no answer within {WHY_SECONDS:.0f} s")
     return tuple(lines)
 
 
@@ -117,7 +122,11 @@ def _sentences(peer: PeerFacts, own: Facts) -> list[str]:
             lines.append(f"{peer.path}: {why}")
     shown = ("fail",) if peer.connected else ("fail", "warn")
     for finding in diagnose_peer(peer, own):
-        if finding.status in shown and finding.code != "E_NOT_MEASURED":
+        if finding.code == "E_NOT_MEASURED":
+            continue
+        if finding.status in shown:
             lines.append(f"{finding.name}: {finding.code}: {finding.detail}")
             lines.append(f"next: {finding.next_step}")
+        elif finding.name in TRIED and not finding.detail.startswith("not "):
+            lines.append(f"{finding.name}: {finding.detail}")
     return lines

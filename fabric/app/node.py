@@ -7,7 +7,7 @@ import time
 
 import trio
 
-from crdt_store.grants import create_mesh
+from crdt_store.grants import founded_untrusted
 from crdt_store.invites import parse_token_untrusted, redeem
 from crdt_store.roles import Role
 from fabric.app.config import NodeConfig
@@ -19,7 +19,6 @@ from fabric.app.membership_file import (
     forget_membership,
     load_membership,
     save_membership,
-    save_private,
 )
 from fabric.app.session import Session
 from fabric.app.session_open import open_session
@@ -90,17 +89,20 @@ class Node:
             )
             task_status.started()
 
-    async def mesh_init(self, name: str) -> str:
+    async def mesh_init(self, name: str, root: bytes, grant: bytes) -> str:
         """Create a mesh owned by this peer; return its id.
 
-        The root key is written beside the identity. It is needed again only to grant or
-        revoke owners: move it off this machine.
+        Args:
+            name: Of the mesh.
+            root: Public half of its root key; the other half never comes here.
+            grant: The entry in which the root makes this peer an owner.
+
+        Raises:
+            ConfigError: this peer has a mesh, or the grant says something else.
         """
         self._refuse_second_mesh()
-        root = Ed25519Signer.generate()
-        mesh, grant = create_mesh(name, root, self.signer.peer_id, time.time())
-        save_private(self.home.data / "mesh-root.key", root.seed)
-        membership = MeshMembership(mesh, (), (grant.raw,))
+        mesh = founded_untrusted(name, root, grant, self.signer.peer_id)
+        membership = MeshMembership(mesh, (), (grant,))
         session = await self._start_session(membership)
         save_membership(self.home.mesh_file, membership)
         await session.publish_record()  # until then the mesh has nobody to work
@@ -153,9 +155,10 @@ class Node:
         return invite.mesh_id
 
     async def leave(self) -> None:
-        """Leave the mesh and forget it."""
-        self.require_session()
+        """Leave the mesh, say so, and forget it."""
+        session = self.require_session()
         await self.leave_jobs()
+        await session.say_goodbye()
         forget_membership(self.home.mesh_file)
         await self._stop_session()
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import trio
+
 from attestation.service import AdmissionService
 from attestation.standings import Standings
 from crdt_store.grants import Mesh
@@ -20,6 +22,7 @@ from dht.blobs import BlobStore
 from dht.service import ContentService
 from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector
+from fabric.app.doubts import Doubts
 from fabric.app.joining import join_any
 from fabric.app.peer_book import PeerBook
 from fabric.app.peers_file import PeersFile
@@ -29,7 +32,7 @@ from fabric.app.roster import (
 from fabric.app.serving import Serving
 from fabric.app.session_gate import SessionGate
 from fabric.app.traversal import RELAY_ROLE, TraversalReport
-from fabric.core.errors import Unavailable
+from fabric.core.errors import FabricError, Unavailable
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.service import JobsService
 from fabric.net.bulk_paths import BulkService
@@ -41,6 +44,8 @@ from nat.probe.service import ProbeService
 
 log = logging.getLogger(__name__)
 
+GOODBYE_SECONDS = 3.0
+"""Longest time to tell the mesh that we leave."""
 HELLO = "node.hello"
 """RPC method that does nothing: it brings up the connection."""
 ENDED = frozenset({"done", "failed", "cancelled"})
@@ -70,6 +75,7 @@ class Session:
     book: PeerBook
     peers_file: PeersFile
     connector: MemberConnector
+    doubts: Doubts
     nat: TraversalReport
     probe: ProbeService
     incarnation: int
@@ -118,6 +124,17 @@ class Session:
     async def publish_record(self) -> None:
         """Write our membership record."""
         await self.store.members.put(self.record())
+
+    async def say_goodbye(self) -> None:
+        """Tell the mesh that we leave, as far as GOODBYE_SECONDS allow."""
+        with trio.move_on_after(GOODBYE_SECONDS):
+            await self.store.members.put(MemberRecord(name="", left=True))
+            for peer in sorted(self.rpc.connected()):
+                try:
+                    await self.store.sync_with(peer)
+                except FabricError:
+                    continue  # the next one
+                return  # it tells the others
 
     def running_jobs(self) -> dict[JobId, tuple[PeerId, ...]]:
         """Return the jobs in which we take part now, with their participants."""

@@ -22,8 +22,8 @@ class Daemon:
 
     async def answer(self, request):
         match request:
-            case m.MeshInit(name):
-                yield m.Line(name)
+            case m.Submit(spec):
+                yield m.Line(spec.decode())
             case m.Jobs():
                 for i in range(3):
                     yield m.Line(str(i))
@@ -54,16 +54,21 @@ async def sync(function, *args):
         return await trio.to_thread.run_sync(function, *args)
 
 
+def echo(client, text):
+    return client.one(m.Submit(text.encode()), m.Line).text
+
+
 async def test_socket_is_private(daemon):
     assert stat.S_IMODE(daemon.path.stat().st_mode) == 0o600
 
 
 async def test_one_and_many_answers(daemon):
     client = Client(daemon.path)
-    assert await sync(client.mesh_init, "lab") == "lab"
+    assert await sync(echo, client, "lab") == "lab"
     texts = await sync(lambda: [t.text for t in client.items(m.Jobs(), m.Line)])
     assert texts == ["0", "1", "2"]
-    assert await AsyncClient(daemon.path).mesh_init("lab") == "lab"
+    answer = await AsyncClient(daemon.path).one(m.Submit(b"lab"), m.Line)
+    assert answer.text == "lab"
 
 
 async def test_refusal_keeps_class_code_and_next_step(daemon):
@@ -79,7 +84,7 @@ async def test_bug_is_reported_counted_and_survived(daemon):
         await sync(Client(daemon.path).down)
     assert caught.value.code == "E_BUG"
     assert daemon.counters.snapshot() == {"bugs_total:control": 1}
-    assert await sync(Client(daemon.path).mesh_init, "still here") == "still here"
+    assert await sync(echo, Client(daemon.path), "still here") == "still here"
 
 
 async def test_a_peer_that_is_too_slow_is_a_timeout(daemon):
@@ -110,7 +115,7 @@ async def test_garbage_harms_nobody(daemon, data):
             sock.sendall(data)
 
     await sync(send)
-    assert await sync(Client(daemon.path).mesh_init, "x") == "x"
+    assert await sync(echo, Client(daemon.path), "x") == "x"
 
 
 async def test_no_daemon(tmp_path):
@@ -128,7 +133,7 @@ async def test_stale_socket_file_is_replaced(tmp_path, nursery):
         sock.bind(str(path))
     daemon = Daemon()
     await nursery.start(serve_control, path, daemon.answer, daemon.counters)
-    assert await sync(Client(path).mesh_init, "x") == "x"
+    assert await sync(echo, Client(path), "x") == "x"
 
 
 async def test_unwritable_folder(tmp_path, nursery):
