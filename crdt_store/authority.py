@@ -236,6 +236,10 @@ class Authority:
         else:
             self._profiles.clear()
 
+    def revocations_of(self, peer: str) -> list[Entry]:
+        """Return the entries that revoke ``peer``."""
+        return [record.entry for record in self._revocations.get(peer, {}).values()]
+
     def joiners(self, invite_key: str) -> list[PeerId]:
         """Return who redeemed ``invite_key``, in the order in which uses count."""
         records = self._redemptions.get(invite_key, {}).values()

@@ -326,8 +326,12 @@ class Replica:
                     self._judge(self.slots.authored(public_key_of(joiner)))
         elif replaced or entry.key.startswith((REVOCATION_PREFIX, ROOT_PREFIX)):
             self._judge_all()
-        elif entry.key.startswith(GRANT_PREFIX) and self._judge_records():
-            self._judge_all()  # a promoted peer is no longer revoked by an equal
+        elif entry.key.startswith(GRANT_PREFIX):
+            # a promoted peer is no longer revoked by an equal; a higher rank makes
+            # nothing else void, so founding a mesh of N members costs N, not N^2
+            subject = entry.key.removeprefix(GRANT_PREFIX)
+            if self._judge(self.authority.revocations_of(subject)):
+                self._judge_all()
 
     def _judge(self, entries: Iterable[Entry]) -> bool:
         void = [e.slot for e in entries if self.authority.refusal(e)]
