@@ -10,7 +10,6 @@ encodings of one value.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
 
@@ -56,8 +55,7 @@ def author_peer(public_key: bytes) -> PeerId:
     return peer_id_of(public_key)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):  # there may be 200,000
     """A decoded entry beside the bytes it came from.
 
     Attributes:
@@ -69,6 +67,7 @@ class Entry:
         value: At most 4 KiB.
         raw: The bytes signed and sent.
         id: BLAKE3 of ``raw``.
+        slot: (key, author): where the entry lives.
     """
 
     mesh: MeshId
@@ -79,11 +78,7 @@ class Entry:
     value: bytes
     raw: bytes
     id: bytes
-
-    @property
-    def slot(self) -> Slot:
-        """Where the entry lives."""
-        return self.key, self.author
+    slot: Slot
 
     @property
     def peer(self) -> PeerId:
@@ -120,16 +115,29 @@ class Entry:
         return verify(self.author, DOMAIN_ENTRY, body, signature)
 
 
+@lru_cache(maxsize=16)
+def _mesh_id(mesh: bytes) -> MeshId:
+    return MeshId(mesh.hex())
+
+
+@lru_cache(maxsize=4096)
+def _shared(author: bytes) -> bytes:
+    """Return the one object kept for ``author``: every entry of it shares that."""
+    return author
+
+
 def _entry(raw: bytes, body: _Body) -> Entry:
+    author = _shared(body.author)
     return Entry(
-        mesh=MeshId(body.mesh.hex()),
-        author=body.author,
+        mesh=_mesh_id(body.mesh),
+        author=author,
         key=body.key,
         hlc=body.hlc,
         ttl_seconds=body.ttl_seconds,
         value=body.value,
         raw=raw,
         id=digest(raw),
+        slot=(body.key, author),
     )
 
 

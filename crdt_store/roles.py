@@ -63,19 +63,32 @@ WRITES: dict[Role, tuple[str, ...]] = {
 }
 """The table. Keys below ``0/`` and ``inv/`` have rules of their own (authority.py)."""
 
-_SPLIT = {role: tuple(p.split("/") for p in rows) for role, rows in WRITES.items()}
+_Pattern = tuple[str, ...]
+
+
+def _by_shape(rows: tuple[str, ...]) -> dict[tuple[str, int], list[_Pattern]]:
+    """Return the rows by table and number of segments: keys are judged often."""
+    found: dict[tuple[str, int], list[_Pattern]] = {}
+    for row in rows:
+        table, *rest = row.split("/")
+        found.setdefault((table, len(rest)), []).append(tuple(rest))
+    return found
+
+
+_SHAPES = {role: _by_shape(rows) for role, rows in WRITES.items()}
 
 
 def may_write(role: Role, writer: str, key: str) -> bool:
     """Return whether ``writer``, as ``role``, may have a slot at ``key``."""
-    segments = key.split("/")
-    return any(
-        len(pattern) == len(segments)
-        and all(
-            want == got
-            or (want == "*" and got != "")
-            or (want == SELF and got == writer)
-            for want, got in zip(pattern, segments, strict=True)
-        )
-        for pattern in _SPLIT[role]
-    )
+    table, *segments = key.split("/")
+    for pattern in _SHAPES[role].get((table, len(segments)), ()):
+        for want, got in zip(pattern, segments, strict=True):
+            if (
+                want != got
+                and (want != "*" or not got)
+                and (want != SELF or got != writer)
+            ):
+                break
+        else:
+            return True
+    return False

@@ -7,8 +7,6 @@ order, repetition and grouping of deliveries do not matter.
 from __future__ import annotations
 
 import heapq
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from enum import Enum
@@ -34,10 +32,9 @@ class Slots:
 
     def __init__(self) -> None:
         self._held: dict[Slot, Entry] = {}
-        self._tables: dict[str, dict[str, dict[bytes, Entry]]] = {}
+        self._tables: dict[str, dict[str, tuple[Entry, ...]]] = {}
         self._authored: dict[bytes, set[Slot]] = defaultdict(set)
-        self._deadlines: list[tuple[float, int, bool, Entry]] = []
-        self._serial = itertools.count()
+        self._deadlines: list[tuple[float, bytes, Slot]] = []  # next one per entry
         self._evidence: dict[Slot, tuple[Entry, Entry]] = {}
 
     def __len__(self) -> int:
@@ -61,16 +58,16 @@ class Slots:
     def at(self, key: str) -> list[Entry]:
         """Return the winners of all authors at ``key``."""
         table = self._tables.get(key.split("/", 1)[0], {})
-        return list(table.get(key, {}).values())
+        return list(table.get(key, ()))
 
     def under(self, prefix: str) -> list[Entry]:
         """Return the winners whose key starts with ``prefix`` ("j/", "c/run/")."""
         table = self._tables.get(prefix.split("/", 1)[0], {})
         return [
             entry
-            for key, by_author in table.items()
+            for key, by_authors in table.items()
             if key.startswith(prefix)
-            for entry in by_author.values()
+            for entry in by_authors
         ]
 
     def standing(self, entry: Entry) -> Standing:
@@ -89,42 +86,48 @@ class Slots:
         before = self._held.get(entry.slot)
         self._held[entry.slot] = entry
         table = self._tables.setdefault(entry.key.split("/", 1)[0], {})
-        table.setdefault(entry.key, {})[entry.author] = entry
+        table[entry.key] = (*_others(table, entry), entry)
         self._authored[entry.author].add(entry.slot)
-        if entry.expires_at < math.inf:
-            self._push(entry.fades_at, False, entry)
-            self._push(entry.expires_at, True, entry)
+        if entry.ttl_seconds:
+            self._push(entry.fades_at, entry)
         return before
 
     def drop(self, slot: Slot) -> Entry:
         """Empty ``slot`` and return what it held."""
         entry = self._held.pop(slot)
-        name = entry.key.split("/", 1)[0]
-        by_author = self._tables[name][entry.key]
-        del by_author[entry.author]
-        if not by_author:
-            del self._tables[name][entry.key]
+        table = self._tables[entry.key.split("/", 1)[0]]
+        others = _others(table, entry)
+        if others:
+            table[entry.key] = others
+        else:
+            del table[entry.key]
         self._authored[entry.author].discard(slot)
         if not self._authored[entry.author]:
             del self._authored[entry.author]
         return entry
 
-    def _push(self, when: float, final: bool, entry: Entry) -> None:
-        if len(self._deadlines) > 4 * len(self._held) + 1000:  # mostly overwritten
-            self._deadlines = [d for d in self._deadlines if self._current(d[3])]
+    def _push(self, when: float, entry: Entry) -> None:
+        if len(self._deadlines) > 2 * len(self._held) + 1000:  # mostly overwritten
+            self._deadlines = [d for d in self._deadlines if self._current(d)]
             heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (when, next(self._serial), final, entry))
+        heapq.heappush(self._deadlines, (when, entry.id, entry.slot))
 
-    def _current(self, entry: Entry) -> bool:
-        held = self._held.get(entry.slot)
-        return held is not None and held.id == entry.id
+    def _current(self, deadline: tuple[float, bytes, Slot]) -> Entry | None:
+        _, entry_id, slot = deadline
+        held = self._held.get(slot)
+        return held if held is not None and held.id == entry_id else None
 
     def due(self, now: float) -> Iterator[tuple[Entry, bool]]:
         """Yield each current entry that fades (False) or expires (True) by ``now``."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, final, entry = heapq.heappop(self._deadlines)
-            if self._current(entry):
-                yield entry, final
+            deadline = heapq.heappop(self._deadlines)
+            entry = self._current(deadline)
+            if entry is None:
+                continue
+            final = deadline[0] >= entry.expires_at
+            if not final:
+                self._push(entry.expires_at, entry)
+            yield entry, final
 
     def keep_evidence(self, one: Entry, other: Entry) -> None:
         """Remember that an author signed both entries for one slot and clock."""
@@ -135,3 +138,8 @@ class Slots:
     def evidence(self) -> list[tuple[Entry, Entry]]:
         """Return the conflicting pairs kept, oldest first."""
         return list(self._evidence.values())
+
+
+def _others(table: dict[str, tuple[Entry, ...]], entry: Entry) -> tuple[Entry, ...]:
+    held = table.get(entry.key, ())
+    return tuple(other for other in held if other.author != entry.author)
