@@ -110,6 +110,8 @@ class Islands(msgspec.Struct, frozen=True):
     @property
     def sentence(self) -> str:
         """One line that says it."""
+        if not self.points:
+            return "no rendezvous point is known"
         known = sum(point.registered for point in self.points)
         if not known:
             return f"registered at none of {len(self.points)} rendezvous points"

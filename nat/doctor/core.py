@@ -2,8 +2,8 @@
 
     the machine   clock, listen, firewall, udp, ipv6
     the network   reachability, nat, port-mapping, relay, mtu
-    the mesh      bootstraps, members, bandwidth, versions
-    one peer      member, addresses, gate, admission, relay, punch, path
+    the mesh      bootstraps, members, rendezvous, mdns, peers-file, bandwidth, versions
+    one peer      member, addresses, gate, admission, nat, relay, punch, path
 
 "fail" is what keeps this peer from working; "warn" is what makes it slower, or what is
 not known. Every line that is not "ok" says what to do. Codes and names are stable.
@@ -31,6 +31,9 @@ CHECKS = (
     network.mtu,
     mesh.bootstraps,
     mesh.members,
+    mesh.rendezvous,
+    mesh.mdns,
+    mesh.remembered,
     mesh.links,
     mesh.versions,
 )

@@ -12,6 +12,8 @@ import msgspec
 
 Verdict = Literal["public", "private", "unknown"]
 Confidence = Literal["none", "low", "medium", "high"]
+Scope = Literal["internet", "site", "host"]
+"""How far those are who were asked whether they reach us."""
 MappingKind = Literal["none", "endpoint_independent", "per_destination", "unknown"]
 """RFC 4787 section 4.1; "none": no NAT in between."""
 
@@ -55,6 +57,13 @@ class Listening(msgspec.Struct, frozen=True, kw_only=True):
     dialled: tuple[Dialled, ...] = ()
     has_rules: bool | None = None
 
+    @property
+    def only_loopback(self) -> bool:
+        """Whether nobody outside this machine can dial us."""
+        return bool(self.control) and all(
+            "/127." in addr or "/::1/" in addr for addr in self.control
+        )
+
 
 class ClockSample(msgspec.Struct, frozen=True):
     """A peer's clock less ours, give or take half a round trip."""
@@ -68,8 +77,9 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict on our own address, and what our NAT does.
 
     Attributes:
-        verdict: Whether unsolicited connections from anywhere arrive.
+        verdict: Whether unsolicited connections from anywhere in ``scope`` arrive.
         confidence: By how many agree.
+        scope: How far whoever was asked is.
         mapping: What observers say about our one port.
         sequential: A per-destination mapping that counts ports up.
         external: Our address as the others see it, or "".
@@ -79,11 +89,17 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
 
     verdict: Verdict = "unknown"
     confidence: Confidence = "none"
+    scope: Scope = "internet"
     mapping: MappingKind = "unknown"
     sequential: bool = False
     external: str = ""
     num_observers: int = 0
     reason: str = ""
+
+    @property
+    def open_to_the_internet(self) -> bool:
+        """Whether everybody reaches us, not only those near by."""
+        return self.verdict == "public" and self.scope == "internet"
 
 
 class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,12 +109,14 @@ class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
         mapped: "ip:port" of the router that lead to us.
         method: "upnp", "nat-pmp" or "pcp"; "" when none.
         public: Whether a mapped address is a global one.
+        needless: Our own address is public.
         refusal: Why there is none.
     """
 
     mapped: tuple[str, ...] = ()
     method: str = ""
     public: bool = True
+    needless: bool = False
     refusal: Refusal | None = None
 
 
@@ -119,11 +137,17 @@ class Relays(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PathMtu(msgspec.Struct, frozen=True):
-    """What the kernel knows of the route to a peer's address."""
+    """What the kernel knows of the route to a peer's address.
+
+    Attributes:
+        peer: Its name.
+        mtu_bytes: Largest packet on that route.
+        mss_bytes: Largest segment of a connection there; 0 when none was made.
+    """
 
     peer: str
     mtu_bytes: int
-    mss_bytes: int
+    mss_bytes: int = 0
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,20 +173,76 @@ class Members(msgspec.Struct, frozen=True, kw_only=True):
     connected: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
 
+    @property
+    def away(self) -> tuple[str, ...]:
+        """Members that should be connected and are not."""
+        return tuple(sorted(set(self.known) - set(self.connected) - set(self.stale)))
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
+    """The mesh as rendezvous points see it, and how it stands with these.
+
+    Attributes:
+        sentence: Whoever looked, in words.
+        registered: Points that know us.
+        failed: The others in use, and why not.
+        unconnected: Members whom they know and we are not connected with.
+    """
+
+    sentence: str = ""
+    registered: int = 0
+    failed: tuple[tuple[str, str], ...] = ()
+    unconnected: tuple[str, ...] = ()
+
+
+class Mdns(msgspec.Struct, frozen=True, kw_only=True):
+    """How it stands with finding peers on the local network."""
+
+    state: Literal["off", "idle", "starting", "announcing", "failed"]
+    reason: str = ""
+    next_step: str = ""
+    heard: int = 0
+
+
+class Remembered(msgspec.Struct, frozen=True, kw_only=True):
+    """The file of peers that a restart starts from."""
+
+    peers: int = 0
+    problem: Refusal | None = None
+
 
 class Punched(msgspec.Struct, frozen=True, kw_only=True):
-    """The last hole punch towards a peer; ``refusal`` is None if it worked."""
+    """The last hole punch with a peer; ``refusal`` is None if it worked.
+
+    Attributes:
+        seconds: What it took, or until it was given up.
+        endpoints: "ip:port" that were dialled.
+        attempts: Dials in all; 0 when nobody counted.
+        age_seconds: Since it ended.
+        refusal: Why it failed.
+    """
 
     seconds: float = 0.0
+    endpoints: tuple[str, ...] = ()
     attempts: int = 0
+    age_seconds: float = 0.0
     refusal: Refusal | None = None
 
 
 class CircuitTried(msgspec.Struct, frozen=True):
-    """One relay on the way to a peer, and why it did not carry us, or None."""
+    """One relay on the way to a peer, and why it did not carry us, or None.
+
+    Attributes:
+        relay: Its short id.
+        refusal: What it, or the peer behind it, said.
+        seconds: What the attempt took.
+        age_seconds: Since it ended.
+    """
 
     relay: str
     refusal: Refusal | None = None
+    seconds: float = 0.0
+    age_seconds: float = 0.0
 
 
 class PeerFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +260,7 @@ class PeerFacts(msgspec.Struct, frozen=True, kw_only=True):
         rtt_seconds: Of that connection.
         last_error: Why the last dial or admission failed.
         retry_in_seconds: Until the next dial.
-        circuits: Relays that were tried; None when there is no relay client.
+        circuits: Relays that were tried lately; None when there is no relay client.
         punched: The last hole punch, or None.
         nat: What the peer says about its NAT, or None.
     """
@@ -225,4 +305,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] | None = None
     bootstraps: tuple[Dialled, ...] | None = None
     members: Members | None = None
+    rendezvous: Rendezvous | None = None
+    mdns: Mdns | None = None
+    remembered: Remembered | None = None
     peer: PeerFacts | None = None

@@ -10,6 +10,8 @@ import msgspec
 Status = Literal["ok", "warn", "fail"]
 MAX_NAMED = 4
 """Peers or addresses named in a line; the rest is a number."""
+RELAY_STEP = "on a member with a public address, run `fabric up --relay-ok`"
+"""What to do where a relay is missing."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -71,3 +73,11 @@ def rate(bytes_per_second: float) -> str:
 def milliseconds(seconds: float) -> str:
     """Return a duration in ms."""
     return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its largest whole unit: "42 s", "5 min", "3 h", "2 d"."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"

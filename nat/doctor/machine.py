@@ -58,7 +58,7 @@ def listen(facts: Facts) -> Finding:
         return fail(
             name, "E_NOT_LISTENING", both, "set host.listen to /ip4/0.0.0.0/tcp/0"
         )
-    if all("/127." in addr or "/::1/" in addr for addr in listening.control):
+    if listening.only_loopback:
         return warn(
             name,
             "E_LOOPBACK_ONLY",
@@ -71,6 +71,8 @@ def listen(facts: Facts) -> Finding:
 def firewall(facts: Facts) -> Finding:
     """Judge whether our own machine lets us in."""
     name, listening = "firewall", facts.listening
+    if listening is not None and listening.only_loopback:
+        return ok(name, "not asked: this peer listens on loopback only")
     if listening is None or not listening.dialled:
         return not_measured(name, "listen on an address that is not loopback")
     refused = [f"{at.addr}: {at.error}" for at in listening.dialled if at.error]
@@ -117,7 +119,7 @@ def ipv6(facts: Facts) -> Finding:
         return not_measured(name, "connect this machine to a network")
     if facts.ipv6:
         return ok(name, listed(facts.ipv6))
-    if facts.reachability is not None and facts.reachability.verdict == "public":
+    if facts.reachability is not None and facts.reachability.open_to_the_internet:
         return ok(name, "no global address; the IPv4 address is public")
     return warn(
         name,

@@ -1,4 +1,4 @@
-"""What the doctor says of the mesh: bootstraps, islands, bandwidth, versions."""
+"""What the doctor says of the mesh: who finds whom, bandwidth, versions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def members(facts: Facts) -> Finding:
         return not_measured(name, "`fabric mesh init NAME`, or `fabric join TOKEN`")
     if not members.known:
         return ok(name, "no other member yet: `fabric invite` makes a token")
-    away = sorted(set(members.known) - set(members.connected) - set(members.stale))
+    away = members.away
     text = f"{len(members.connected)} of {len(members.known)} connected"
     if not away:
         gone = f", {len(members.stale)} long gone" if members.stale else ""
@@ -65,6 +65,60 @@ def members(facts: Facts) -> Finding:
             name, "E_ISLAND", f"{text}: an island; missing {listed(away)}", step
         )
     return warn(name, "E_MEMBERS_AWAY", f"{text}; missing {listed(away)}", step)
+
+
+def rendezvous(facts: Facts) -> Finding:
+    """Judge whether the mesh fell into islands that could find each other."""
+    name, seen = "rendezvous", facts.rendezvous
+    if seen is None:
+        return not_measured(name, "join a mesh: then its meeting points are asked")
+    failed = "; ".join(f"{point}: {why}" for point, why in seen.failed if why)
+    text = seen.sentence + (f"; {failed}" if failed else "")
+    if seen.unconnected:
+        return warn(
+            name,
+            "E_ISLAND",
+            f"{text}: {listed(seen.unconnected)}",
+            f"they are dialled now; `fabric why {seen.unconnected[0]}` says how it "
+            "goes",
+        )
+    missing = facts.members is not None and facts.members.away
+    if seen.registered or not (seen.failed or missing):
+        return ok(name, text)
+    return warn(
+        name,
+        "E_NO_RENDEZVOUS",
+        f"{text}: islands of this mesh would not find each other",
+        "start a member with a public address, or name one in nat.discovery.bootstrap",
+    )
+
+
+def mdns(facts: Facts) -> Finding:
+    """Judge whether members on this network hear each other."""
+    name, local = "mdns", facts.mdns
+    if local is None or local.state == "starting":
+        return not_measured(name, "ask again in a few seconds")
+    if local.state == "announcing":
+        return ok(name, f"announcing; heard {counted(local.heard, 'member')}")
+    if local.state == "failed":
+        return warn(
+            name,
+            "E_MDNS",
+            local.reason,
+            local.next_step or "nothing: peers are found by invite and rendezvous",
+        )
+    return ok(name, f"{local.state}{f': {local.reason}' if local.reason else ''}")
+
+
+def remembered(facts: Facts) -> Finding:
+    """Judge whether a restart finds the mesh without anybody's help."""
+    name, file = "peers-file", facts.remembered
+    if file is None:
+        return not_measured(name, "join a mesh: then peers are remembered")
+    if file.problem is None:
+        return ok(name, f"{counted(file.peers, 'peer')} remembered for a restart")
+    no = file.problem
+    return warn(name, no.code, no.reason, no.next_step or "nothing: it is made anew")
 
 
 def links(facts: Facts) -> Finding:

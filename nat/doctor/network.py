@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from nat.doctor.facts import Facts
+from nat.doctor.facts import Facts, Members, Relays, Scope
 from nat.doctor.findings import (
+    RELAY_STEP,
     Finding,
     counted,
     fail,
@@ -18,6 +19,13 @@ MIN_MTU_BYTES = 1280
 """What every IPv6 link carries (RFC 8200 section 5); below it a tunnel is wrong."""
 
 
+_SCOPES: dict[Scope, str] = {
+    "internet": "internet",
+    "site": "network",
+    "host": "machine",
+}
+
+
 def reachability(facts: Facts) -> Finding:
     """Judge whether others reach us without help."""
     name, reach = "reachability", facts.reachability
@@ -26,7 +34,11 @@ def reachability(facts: Facts) -> Finding:
     said = f" ({reach.reason})" if reach.reason else ""
     sure = f"{reach.confidence} confidence"
     if reach.verdict == "public":
-        return ok(name, f"public at {reach.external or 'all addresses'}, {sure}{said}")
+        at = reach.external or "all addresses"
+        if reach.open_to_the_internet:
+            return ok(name, f"public at {at}, {sure}{said}")
+        from_where = f"from this {_SCOPES[reach.scope]}, {sure}{said}"
+        return ok(name, f"open at {at} {from_where}; nobody outside it was asked")
     if reach.verdict == "private":
         return ok(name, f"private, {sure}{said}: others reach us by punching or relay")
     return warn(
@@ -48,7 +60,7 @@ def nat(facts: Facts) -> Finding:
     if reach.mapping == "endpoint_independent":
         return ok(name, f"one mapping for all destinations{at}: punching works")
     counted = ", ports count up and are guessed" if reach.sequential else ""
-    if reach.verdict == "public":
+    if reach.open_to_the_internet:
         return ok(name, f"maps per destination{counted}, but a port leads to us")
     return warn(
         name,
@@ -62,8 +74,12 @@ def nat(facts: Facts) -> Finding:
 def port_mapping(facts: Facts) -> Finding:
     """Judge whether the router grants a port."""
     name, mapping = "port-mapping", facts.port_mapping
-    if facts.reachability is not None and facts.reachability.verdict == "public":
+    if facts.reachability is not None and facts.reachability.open_to_the_internet:
         return ok(name, "not needed: public")
+    if mapping is not None and mapping.needless:
+        return ok(name, mapping.refusal.reason if mapping.refusal else "not needed")
+    if facts.listening is not None and facts.listening.only_loopback:
+        return ok(name, "not needed: this peer listens on loopback only")
     if mapping is None:
         return not_measured(
             name, "enable UPnP on the router, or forward a TCP port to this machine"
@@ -88,10 +104,16 @@ def port_mapping(facts: Facts) -> Finding:
 
 
 def relay(facts: Facts) -> Finding:
-    """Judge whether others reach us through a relay."""
-    name, relays = "relay", facts.relays
-    if facts.reachability is not None and facts.reachability.verdict == "public":
-        return ok(name, "not needed: public")
+    """Judge whether others reach us through a relay.
+
+    A lack of relays keeps this peer from working only where it is known to be private
+    and a member is missing now; else it is slower to recover, or not known to matter.
+    """
+    name, relays, reach = "relay", facts.relays, facts.reachability
+    if reach is not None and reach.verdict == "public":
+        if reach.open_to_the_internet:
+            return ok(name, "not needed: public")
+        return ok(name, f"not needed: open to all of this {_SCOPES[reach.scope]}")
     if relays is None:
         return not_measured(name, "connect with a public member that relays")
     held = [
@@ -99,22 +121,30 @@ def relay(facts: Facts) -> Finding:
         + (f" {milliseconds(each.rtt_seconds)}" if each.rtt_seconds is not None else "")
         for each in relays.held
     ]
-    said = "; ".join(f"{relay}: {no.code} {no.reason}" for relay, no in relays.refused)
-    if len(held) >= relays.wanted:
+    if held and len(held) >= relays.wanted:
         return ok(name, f"slots at {listed(held)}")
+    said = _refusals(relays)
     if held:
-        return warn(
-            name,
-            "E_RELAY_FEW",
-            f"slot at {listed(held)} only" + (f"; {said}" if said else ""),
-            "let another public member relay: `fabric up --set mesh.relay_ok=true`",
-        )
-    return fail(
-        name,
-        "E_NO_RELAY",
-        f"no slot at any relay{f': {said}' if said else ''}",
-        "start a member on a public address with mesh.relay_ok=true",
-    )
+        text = f"slot at {listed(held)} only{said}"
+        return warn(name, "E_RELAY_FEW", text, f"a second relay: {RELAY_STEP}")
+    text = f"no slot at any relay{said}"
+    away = facts.members.away if facts.members is not None else ()
+    if reach is not None and reach.verdict == "private" and away:
+        text = f"{text}; private, and not connected with {listed(away)}"
+        return fail(name, "E_NO_RELAY", text, RELAY_STEP)
+    return warn(name, "E_NO_RELAY", text + _spared(facts.members), RELAY_STEP)
+
+
+def _refusals(relays: Relays) -> str:
+    said = "; ".join(f"{relay}: {no.code} {no.reason}" for relay, no in relays.refused)
+    return f"; {said}" if said else ""
+
+
+def _spared(members: Members | None) -> str:
+    """Return that nobody misses a relay now, if so."""
+    if members is None or members.away or not members.connected:
+        return ""
+    return f"; {len(members.connected)} of {len(members.connected)} connected without"
 
 
 def mtu(facts: Facts) -> Finding:
@@ -123,7 +153,8 @@ def mtu(facts: Facts) -> Finding:
     if not facts.mtus:
         return not_measured(name, "connect with a member directly")
     least = min(facts.mtus, key=lambda path: path.mtu_bytes)
-    text = f"{least.mtu_bytes} B (segments of {least.mss_bytes} B) to {least.peer}"
+    segments = f" (segments of {least.mss_bytes} B)" if least.mss_bytes else ""
+    text = f"{least.mtu_bytes} B{segments} to {least.peer}"
     if least.mtu_bytes < MIN_MTU_BYTES:
         return warn(
             name,

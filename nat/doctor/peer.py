@@ -1,15 +1,25 @@
 """The chain towards one peer: from "is it a member" to "why is the path not better".
 
-    member -> addresses -> gate -> admission -> relay -> punch -> path
+    member -> addresses -> gate -> admission -> nat -> relay -> punch -> path
 
 The first link that fails explains those after it, so the order is the order of cause.
 """
 
 from __future__ import annotations
 
-from nat.doctor.facts import Facts, PeerFacts, Reachability, Refusal
+from nat.doctor.facts import (
+    CircuitTried,
+    Facts,
+    PeerFacts,
+    Punched,
+    Reachability,
+    Refusal,
+)
 from nat.doctor.findings import (
+    RELAY_STEP,
     Finding,
+    counted,
+    duration,
     fail,
     listed,
     milliseconds,
@@ -29,8 +39,9 @@ def diagnose_peer(peer: PeerFacts, facts: Facts) -> tuple[Finding, ...]:
         _addresses(peer),
         _gate(peer),
         _admission(peer),
+        _nat(peer),
         _circuits(peer),
-        _punch(peer, facts.reachability),
+        _punch(peer),
         _path(peer, facts.reachability),
     )
 
@@ -68,6 +79,8 @@ def _addresses(peer: PeerFacts) -> Finding:
     name = "peer.addresses"
     if peer.addresses is None:
         return not_measured(name, "`fabric doctor --peer` dials each address")
+    if not peer.addresses and peer.connected and peer.path != "relay":
+        return ok(name, "none announced; it dialled us")
     if not peer.addresses:
         return _unless_connected(
             peer,
@@ -121,40 +134,79 @@ def _admission(peer: PeerFacts) -> Finding:
     return fail(name, code, text, step)
 
 
+def _nat(peer: PeerFacts) -> Finding:
+    name, nat = "peer.nat", peer.nat
+    if nat is None or (nat.verdict == "unknown" and nat.mapping == "unknown"):
+        if peer.connected and peer.path in ("direct", "local"):
+            return ok(name, "not asked: the path is direct")
+        return not_measured(name, "it says so when a hole is punched")
+    if nat.verdict == "public":
+        return ok(name, f"{peer.peer} says that the world reaches it")
+    if nat.mapping != "per_destination":
+        return ok(name, "one mapping for all destinations: punching works")
+    counted = ", ports count up and are guessed" if nat.sequential else ""
+    return warn(
+        name,
+        "E_NAT_SYMMETRIC",
+        f"{peer.peer} says that its NAT maps per destination (symmetric NAT){counted}",
+        f"map a port on the router of {peer.peer}, or use IPv6",
+    )
+
+
 def _circuits(peer: PeerFacts) -> Finding:
     name = "peer.relay"
     if peer.circuits is None:
         return not_measured(name, "join a mesh with a public member: it relays")
-    tried = [
-        f"{each.relay}: " + (f"{no.code} {no.reason}" if (no := each.refusal) else "ok")
-        for each in peer.circuits
-    ]
+    tried = [_tried(each) for each in peer.circuits]
     if any(each.refusal is None for each in peer.circuits) or peer.path == "relay":
         return ok(name, listed(tried) or "carries the connection")
+    if peer.connected:
+        return ok(name, listed(["not needed", *tried]))
     if not tried:
-        if peer.connected:
-            return ok(name, "not needed")
         return warn(
             name,
             "E_NO_CIRCUIT",
-            "the peer announces no relay",
-            f"let a public member relay, then restart {peer.peer}",
+            "none was tried: the peer announces no relay, or was not dialled yet",
+            f"{RELAY_STEP}, then wait for {peer.peer} to find it",
         )
     first = next(no for each in peer.circuits if (no := each.refusal))
-    step = first.next_step or "let another public member relay"
-    return _unless_connected(peer, name, "E_CIRCUIT", listed(tried), step)
+    return fail(name, "E_CIRCUIT", listed(tried), first.next_step or RELAY_STEP)
 
 
-def _punch(peer: PeerFacts, own: Reachability | None) -> Finding:
+def _tried(each: CircuitTried) -> str:
+    no = each.refusal
+    took = f" in {milliseconds(each.seconds)}" if each.seconds else ""
+    return f"{each.relay}: {f'{no.code} {no.reason}' if no else f'ok{took}'}" + _ago(
+        each.age_seconds
+    )
+
+
+def _punch(peer: PeerFacts) -> Finding:
     name, punched = "peer.punch", peer.punched
-    if peer.path == "direct":
+    if peer.path in ("direct", "local"):
         return ok(name, "not needed: direct")
     if punched is None:
         return not_measured(name, "it follows once a relay connects the two")
-    if punched.refusal is None:
-        return ok(name, f"{milliseconds(punched.seconds)}, {punched.attempts} attempts")
+    text = _punch_text(punched)
+    if punched.refusal is None or peer.path == "punched":
+        return ok(name, text)
     step = punched.refusal.next_step or "map a port on one of the routers, or use IPv6"
-    return warn(name, punched.refusal.code, punched.refusal.reason, step)
+    return warn(name, punched.refusal.code, text, step)
+
+
+def _punch_text(punched: Punched) -> str:
+    """Return what came of it, how long it took, and what was dialled."""
+    facts = [f"it took {milliseconds(punched.seconds)}"] if punched.seconds else []
+    if punched.attempts:
+        facts.append(counted(punched.attempts, "dial"))
+    if punched.endpoints:
+        facts.append(f"to {listed(punched.endpoints)}")
+    what = "worked" if punched.refusal is None else punched.refusal.reason
+    return what + "".join(f", {fact}" for fact in facts) + _ago(punched.age_seconds)
+
+
+def _ago(seconds: float) -> str:
+    return f" ({duration(seconds)} ago)" if seconds else ""
 
 
 def _path(peer: PeerFacts, own: Reachability | None) -> Finding:

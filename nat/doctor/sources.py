@@ -6,19 +6,32 @@ the doctor, whose codes are stable.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from fabric.core.ids import short
+import msgspec
+
+from fabric.core.ids import PeerId, short
+from fabric.net.offers import format_address
+from nat.addresses import AddressClass
+from nat.discovery.core import Islands
+from nat.discovery.mdns_service import MdnsReport
 from nat.doctor.facts import (
+    CircuitTried,
     MappingKind,
+    Mdns,
     PortMapping,
+    Punched,
     Reachability,
     Refusal,
     Relays,
+    Rendezvous,
     Reservation,
+    Scope,
 )
+from nat.history import Outcome, PeerHistory
 from nat.portmap.api import Finding, Mapping
-from nat.punch.facts import NatFacts
+from nat.portmap.explain import NOT_NEEDED
+from nat.punch.facts import FAILED, NatFacts
 from nat.reachability.core import Reachability as Report
 from nat.reachability.observed_mapping import MappingKind as ObservedKind
 from nat.relay.circuit import RelayStatus
@@ -29,6 +42,10 @@ _OBSERVED: dict[ObservedKind, MappingKind] = {
     "address_or_port_dependent": "per_destination",
     "unknown": "unknown",
 }
+_SCOPES: dict[AddressClass, Scope] = {
+    AddressClass.PUBLIC: "internet",
+    AddressClass.LOOPBACK: "host",
+}
 
 
 def from_report(report: Report) -> Reachability:
@@ -38,6 +55,7 @@ def from_report(report: Report) -> Reachability:
     return Reachability(
         verdict=report.status,
         confidence=report.confidence,
+        scope=_SCOPES.get(report.scope, "site"),
         mapping=_OBSERVED[seen.kind],
         sequential=seen.allocation == "sequential",
         external=report.addresses[0] if report.addresses else external,
@@ -60,11 +78,84 @@ def from_nat_facts(facts: NatFacts) -> Reachability:
     )
 
 
+def from_circuits(history: PeerHistory, now: float) -> tuple[CircuitTried, ...]:
+    """Return the relays that were tried towards a peer, the latest first."""
+    return tuple(
+        CircuitTried(short(relay), _refusal(ended), ended.seconds, now - ended.at)
+        for relay, ended in reversed(history.circuits.items())
+    )
+
+
+def from_punch(
+    history: PeerHistory | None, still_relayed: str, now: float
+) -> Punched | None:
+    """Return what the last punch with a peer came to, or None if there was none.
+
+    Args:
+        history: What was tried; of the two planes, that of the data counts first.
+        still_relayed: Why the connection is on a relay, as whoever upgrades it says.
+        now: Monotonic seconds.
+    """
+    punches = {} if history is None else history.punches
+    record = punches.get("data") or punches.get("control")
+    said = Refusal(FAILED, still_relayed) if still_relayed else None
+    if record is None:
+        return Punched(refusal=said) if said else None
+    ended = record.outcome
+    return Punched(
+        seconds=ended.seconds,
+        endpoints=tuple(format_address(*each) for each in record.endpoints),
+        attempts=record.tries,
+        age_seconds=now - ended.at,
+        refusal=_refusal(ended) or said,
+    )
+
+
+def _refusal(ended: Outcome) -> Refusal | None:
+    if ended.worked:
+        return None
+    return Refusal(ended.code, ended.reason, ended.next_step)
+
+
+def from_islands(
+    islands: Islands, name_of: Callable[[PeerId], str], members: Collection[PeerId]
+) -> Rendezvous:
+    """Return how the mesh looks from the rendezvous points.
+
+    Args:
+        islands: What discovery knows; strangers may have registered too.
+        name_of: How people call a peer.
+        members: Who belongs to the mesh.
+    """
+    apart = tuple(peer for peer in islands.unconnected if peer in members)
+    seen = msgspec.structs.replace(islands, unconnected=apart)
+    return Rendezvous(
+        sentence=seen.sentence,
+        registered=sum(point.registered for point in islands.points),
+        failed=tuple(
+            (name_of(point.point), point.error)
+            for point in islands.points
+            if not point.registered
+        ),
+        unconnected=tuple(sorted(map(name_of, apart))),
+    )
+
+
+def from_mdns(report: MdnsReport) -> Mdns:
+    """Return how it stands with the local network."""
+    return Mdns(
+        state=report.state,
+        reason=report.reason,
+        next_step=report.next_step,
+        heard=report.heard,
+    )
+
+
 def from_mappings(mappings: Sequence[Mapping], finding: Finding) -> PortMapping:
     """Return what the router grants, or why nothing."""
     if not mappings:
         no = Refusal(finding.code, finding.reason, finding.next_step)
-        return PortMapping(refusal=no)
+        return PortMapping(refusal=no, needless=finding.code == NOT_NEEDED)
     return PortMapping(
         mapped=tuple(f"{m.external_ip}:{m.external_port}" for m in mappings),
         method=mappings[0].method,

@@ -11,11 +11,13 @@ from nat.portmap.gateway import Gateway
 
 _NAMES: dict[Method, str] = {"pcp": "PCP", "nat-pmp": "NAT-PMP", "upnp": "UPnP"}
 
+NOT_NEEDED = "MAP_NOT_NEEDED"
+
 
 def off() -> Finding:
     """Return that the operator switched it off."""
     return Finding(
-        code="MAP_OFF", level="ok", reason="port mapping is off (nat.portmap.enabled)"
+        code="MAP_OFF", level="ok", reason="port mapping is off (nat.mapping.enabled)"
     )
 
 
@@ -32,7 +34,7 @@ def no_gateway(reason: str) -> Finding:
 def not_needed(gateway: Gateway) -> Finding:
     """Return that our own address is public."""
     return Finding(
-        code="MAP_NOT_NEEDED",
+        code=NOT_NEEDED,
         level="ok",
         reason=f"{gateway.source} is a public address: no router to ask",
     )

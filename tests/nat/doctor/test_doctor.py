@@ -11,6 +11,7 @@ from nat.doctor.facts import (
     Facts,
     Link,
     Listening,
+    Mdns,
     Members,
     PathMtu,
     PeerFacts,
@@ -19,6 +20,8 @@ from nat.doctor.facts import (
     Reachability,
     Refusal,
     Relays,
+    Remembered,
+    Rendezvous,
     Reservation,
 )
 from nat.doctor.peer import why_not_better
@@ -65,6 +68,9 @@ WELL = Facts(
     versions={"bob": "0.1.0", "eve": "0.1.4"},
     bootstraps=(Dialled("/ip4/198.51.100.1/tcp/4001"),),
     members=Members(known=("bob", "eve"), connected=("bob", "eve")),
+    rendezvous=Rendezvous(sentence="registered at 2 rendezvous points", registered=2),
+    mdns=Mdns(state="announcing", heard=1),
+    remembered=Remembered(peers=2),
 )
 
 
@@ -93,6 +99,9 @@ ok    relay           slots at r1 21 ms, r2 43 ms
 ok    mtu             1400 B (segments of 1348 B) to eve
 ok    bootstraps      1 of 1 answer
 ok    members         2 of 2 connected
+ok    rendezvous      registered at 2 rendezvous points
+ok    mdns            announcing; heard 1 member
+ok    peers-file      2 peers remembered for a restart
 ok    bandwidth       slowest of 2 links: eve, up 20 Mbit/s, down 24 Mbit/s, punched
 ok    versions        2 members on 0.1"""
     )
@@ -111,8 +120,17 @@ def test_a_peer_behind_a_symmetric_nat_that_is_relayed():
         connected=True,
         path="relay",
         rtt_seconds=0.084,
-        circuits=(CircuitTried("r1"),),
-        punched=Punched(seconds=3.0, attempts=120, refusal=BOTH_SYMMETRIC),
+        circuits=(
+            CircuitTried("r1", seconds=0.09, age_seconds=61),
+            CircuitTried("r2", Refusal("E_RELAY_FULL", "no room"), 0.02, 7200),
+        ),
+        punched=Punched(
+            seconds=3.0,
+            endpoints=("203.0.113.8:4001",),
+            attempts=120,
+            age_seconds=12,
+            refusal=BOTH_SYMMETRIC,
+        ),
         nat=SYMMETRIC,
     )
     facts = Facts(
@@ -135,14 +153,20 @@ warn  port-mapping    the router maps 100.64.1.2:4001, which is not public eithe
                       next: a second router is in between (carrier-grade NAT): ask \
 the provider for a public address, or use IPv6
 warn  relay           slot at r1 only (E_RELAY_FEW)
-                      next: let another public member relay: `fabric up --set \
-mesh.relay_ok=true`
+                      next: a second relay: on a member with a public address, run \
+`fabric up --relay-ok`
 warn  mtu             not measured (E_NOT_MEASURED)
                       next: connect with a member directly
 warn  bootstraps      not measured (E_NOT_MEASURED)
                       next: join through an invite: it names them
 warn  members         not measured (E_NOT_MEASURED)
                       next: `fabric mesh init NAME`, or `fabric join TOKEN`
+warn  rendezvous      not measured (E_NOT_MEASURED)
+                      next: join a mesh: then its meeting points are asked
+warn  mdns            not measured (E_NOT_MEASURED)
+                      next: ask again in a few seconds
+warn  peers-file      not measured (E_NOT_MEASURED)
+                      next: join a mesh: then peers are remembered
 warn  bandwidth       not measured (E_NOT_MEASURED)
                       next: start a job: its links are probed
 warn  versions        not measured (E_NOT_MEASURED)
@@ -152,9 +176,12 @@ ok    peer.addresses  /ip4/10.0.0.5/tcp/4001 [record]: no answer within 3 s; \
 /ip4/198.51.100.1/tcp/1/p2p/r1/p2p-circuit: not dialled
 ok    peer.gate       open
 ok    peer.admission  trusted: software evidence held
-ok    peer.relay      r1: ok
-warn  peer.punch      both sides map per destination (symmetric NAT): relay stays \
-(E_PUNCH_IMPOSSIBLE)
+warn  peer.nat        bob says that its NAT maps per destination (symmetric NAT) \
+(E_NAT_SYMMETRIC)
+                      next: map a port on the router of bob, or use IPv6
+ok    peer.relay      r1: ok in 90 ms (1 min ago), r2: E_RELAY_FULL no room (2 h ago)
+warn  peer.punch      both sides map per destination (symmetric NAT): relay stays, \
+it took 3000 ms, 120 dials, to 203.0.113.8:4001 (12 s ago) (E_PUNCH_IMPOSSIBLE)
                       next: map a port on one of the two routers, or use IPv6
 warn  peer.path       relay 84 ms: both sides map per destination (symmetric NAT): \
 relay stays (E_RELAYED)
@@ -188,8 +215,11 @@ fail  peer.gate       revoked by alice (E_NOT_MEMBER)
                       next: `fabric why` on the peer's side
 fail  peer.admission  quarantined: measurement not allowed (E_QUARANTINED)
                       next: `fabric doctor` on bob: its evidence must be accepted again
+warn  peer.nat        not measured (E_NOT_MEASURED)
+                      next: it says so when a hole is punched
 fail  peer.relay      r1: E_NO_RESERVATION no such slot (E_CIRCUIT)
-                      next: let another public member relay
+                      next: on a member with a public address, run \
+`fabric up --relay-ok`
 warn  peer.punch      not measured (E_NOT_MEASURED)
                       next: it follows once a relay connects the two
 fail  peer.path       not connected: no address of bob answers; next dial in 42 s \
@@ -207,6 +237,11 @@ def changed(**facts):
 REFUSED = Dialled("192.168.1.7:4001", "connection refused")
 GOOD = Dialled("192.168.1.7:4002")
 LISTENING = {"control": (CONTROL,), "data": ("192.168.1.7:4002",)}
+NO_RELAY = Relays(refused=(("r1", Refusal("E_BUSY", "full")),))
+ALONE_BUT_ONE = Members(known=("bob", "eve"), connected=("bob",))
+ON_LOOPBACK = Listening(control=("/ip4/127.0.0.1/tcp/1",), data=("127.0.0.1:2",))
+MDNS_FAILED = Mdns(state="failed", reason="no multicast here")
+ON_HOST = Reachability(verdict="public", confidence="low", scope="host", external="a")
 PUBLIC = Reachability(verdict="public", confidence="high", mapping="none", external="a")
 
 
@@ -281,10 +316,75 @@ def case(name, status, code, words, **facts):
         ),
         case(
             "relay",
-            *("fail", "E_NO_RELAY", "r1: E_BUSY full"),
-            relays=Relays(refused=(("r1", Refusal("E_BUSY", "full")),)),
+            *("fail", "E_NO_RELAY", "full; private, and not connected with eve"),
+            relays=NO_RELAY,
+            members=ALONE_BUT_ONE,
         ),
+        case("relay", "warn", "E_NO_RELAY", "2 of 2 connected", relays=NO_RELAY),
+        case(
+            "relay",
+            *("warn", "E_NO_RELAY", "full"),
+            relays=NO_RELAY,
+            reachability=Reachability(),
+            members=ALONE_BUT_ONE,
+        ),
+        case("relay", "warn", "E_NO_RELAY", "full", relays=NO_RELAY, members=None),
         case("relay", "ok", "OK", "not needed", relays=Relays(), reachability=PUBLIC),
+        case(
+            "relay",
+            *("ok", "OK", "open to all of this machine"),
+            relays=NO_RELAY,
+            reachability=ON_HOST,
+            members=ALONE_BUT_ONE,
+        ),
+        case("reachability", "ok", "OK", "from this machine", reachability=ON_HOST),
+        case("ipv6", "warn", "E_NO_IPV6", "no global", ipv6=(), reachability=ON_HOST),
+        case(
+            "port-mapping",
+            *("warn", "E_NO_MAPPING", "no router"),
+            port_mapping=PortMapping(),
+            reachability=ON_HOST,
+        ),
+        case(
+            "port-mapping",
+            *("ok", "OK", "is a public address"),
+            port_mapping=PortMapping(
+                needless=True,
+                refusal=Refusal("MAP_NOT_NEEDED", "a is a public address"),
+            ),
+        ),
+        case(
+            "port-mapping",
+            *("ok", "OK", "loopback only"),
+            port_mapping=PortMapping(),
+            listening=ON_LOOPBACK,
+        ),
+        case("firewall", "ok", "OK", "loopback only", listening=ON_LOOPBACK),
+        case("mtu", "ok", "OK", "1500 B to bob", mtus=(PathMtu("bob", 1500),)),
+        case(
+            "rendezvous",
+            *("warn", "E_ISLAND", "knows 1 members: zoe"),
+            rendezvous=Rendezvous(sentence="it knows 1 members", unconnected=("zoe",)),
+        ),
+        case(
+            "rendezvous",
+            *("warn", "E_NO_RENDEZVOUS", "none of 1; r1: no answer"),
+            rendezvous=Rendezvous(sentence="none of 1", failed=(("r1", "no answer"),)),
+        ),
+        case("rendezvous", "ok", "OK", "none", rendezvous=Rendezvous(sentence="none")),
+        case(
+            "rendezvous",
+            *("warn", "E_NO_RENDEZVOUS", "islands of this mesh"),
+            rendezvous=Rendezvous(sentence="none"),
+            members=ALONE_BUT_ONE,
+        ),
+        case("mdns", "warn", "E_MDNS", "no multicast", mdns=MDNS_FAILED),
+        case("mdns", "ok", "OK", "off", mdns=Mdns(state="off")),
+        case(
+            "peers-file",
+            *("warn", "E_PEERS_FILE", "is damaged"),
+            remembered=Remembered(problem=Refusal("E_PEERS_FILE", "it is damaged")),
+        ),
         case(
             "mtu",
             *("warn", "E_MTU_SMALL", "1000 B"),

@@ -14,6 +14,7 @@ from nat.doctor.facts import (
     Facts,
     Link,
     Listening,
+    Mdns,
     Members,
     PathMtu,
     PeerFacts,
@@ -22,6 +23,8 @@ from nat.doctor.facts import (
     Reachability,
     Refusal,
     Relays,
+    Remembered,
+    Rendezvous,
     Reservation,
 )
 
@@ -30,6 +33,7 @@ refusals = st.none() | st.builds(Refusal, words, words, words)
 dialled = st.builds(Dialled, words, words, words, st.booleans())
 rates = st.sampled_from([0.0, 1.0, 1e3, 1e9])
 seconds = st.floats(-1e9, 1e9)
+spans = st.floats(0, 1e7)
 
 
 def tuples(strategy):
@@ -44,6 +48,7 @@ reachability = st.builds(
         ["none", "endpoint_independent", "per_destination", "unknown"]
     ),
     sequential=st.booleans(),
+    scope=st.sampled_from(["internet", "site", "host"]),
     external=words,
     reason=words,
 )
@@ -62,8 +67,16 @@ peers = st.builds(
     rtt_seconds=st.none() | st.floats(0, 10),
     last_error=refusals,
     retry_in_seconds=st.floats(0, 100),
-    circuits=st.none() | tuples(st.builds(CircuitTried, words, refusals)),
-    punched=st.none() | st.builds(Punched, refusal=refusals),
+    circuits=st.none() | tuples(st.builds(CircuitTried, words, refusals, spans, spans)),
+    punched=st.none()
+    | st.builds(
+        Punched,
+        refusal=refusals,
+        seconds=spans,
+        endpoints=tuples(words),
+        attempts=st.integers(0, 999),
+        age_seconds=spans,
+    ),
     nat=st.none() | reachability,
 )
 any_facts = st.builds(
@@ -85,6 +98,7 @@ any_facts = st.builds(
         mapped=tuples(words),
         method=words,
         public=st.booleans(),
+        needless=st.booleans(),
         refusal=refusals,
     ),
     relays=st.none()
@@ -105,11 +119,32 @@ any_facts = st.builds(
     | st.builds(
         Members, known=tuples(words), connected=tuples(words), stale=tuples(words)
     ),
+    rendezvous=st.none()
+    | st.builds(
+        Rendezvous,
+        sentence=words,
+        registered=st.integers(0, 3),
+        failed=tuples(st.tuples(words, words)),
+        unconnected=tuples(words),
+    ),
+    mdns=st.none()
+    | st.builds(
+        Mdns,
+        state=st.sampled_from(["off", "idle", "starting", "announcing", "failed"]),
+        reason=words,
+        next_step=words,
+        heard=st.integers(0, 9),
+    ),
+    remembered=st.none()
+    | st.builds(Remembered, peers=st.integers(0, 9), problem=refusals),
     peer=st.none() | peers,
 )
 
 
-THEIRS = ("peer.member", "peer.gate", "peer.punch", "peer.path", "port-mapping")
+THEIRS = (
+    *("peer.member", "peer.gate", "peer.punch", "peer.path"),
+    *("port-mapping", "peers-file"),
+)
 """Lines that carry the code of whoever refused."""
 
 
@@ -118,7 +153,7 @@ THEIRS = ("peer.member", "peer.gate", "peer.punch", "peer.path", "port-mapping")
 @given(any_facts)
 def test_every_line_that_is_not_ok_has_a_code_and_a_next_step(facts):
     findings = diagnose(facts)
-    assert len(findings) == len(CHECKS) + (7 if facts.peer is not None else 0)
+    assert len(findings) == len(CHECKS) + (8 if facts.peer is not None else 0)
     assert len({finding.name for finding in findings}) == len(findings)
     for finding in findings:
         if finding.name not in THEIRS:

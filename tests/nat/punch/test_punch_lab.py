@@ -15,7 +15,7 @@ from nat.punch.facts import IMPOSSIBLE
 from tests.nat.punch.punch_lab import NET, Lab, missing
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 OBSERVERS = (f"{NET}.10:7001", f"{NET}.11:7001")
 MEET = f"{NET}.10"
 WHY_NOT = missing()
