@@ -219,9 +219,9 @@ class Traversal:
     async def _follow_verdicts(self) -> None:
         with self.reachability.changes() as changes:
             async for verdict in changes:
-                public = verdict.status == "public"
-                self.relay.set_public(public)
-                self.circuits.set_wanted(not public)
+                # reached by all who may ask; who volunteers is reached by the world
+                self.relay.set_public(verdict.open_to_the_internet)
+                self.circuits.set_wanted(verdict.status != "public")
                 self._announce()
 
     async def _follow_mappings(self) -> None:

@@ -111,7 +111,7 @@ class Vantage:
         return tuple(dict.fromkeys((*mapped, *reached)))[:MAX_DATA_ADDRESSES]
 
     def _is_public(self) -> bool:
-        return self._reachability.verdict().status == "public"
+        return self._reachability.verdict().open_to_the_internet
 
     def mapped_to(self, port: int) -> tuple[str, ...]:
         """Return "ip:port" of routers that lead to our ``port``."""

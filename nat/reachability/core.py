@@ -91,6 +91,17 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
     reports: tuple[AddressReport, ...] = ()
     mapping: NatMapping = NatMapping()
 
+    @property
+    def open_to_the_internet(self) -> bool:
+        """Whether the world reaches us, and not only the site or this host."""
+        return self.status == "public" and self.scope is AddressClass.PUBLIC
+
+
+def farther(ip: str, scope: AddressClass) -> bool:
+    """Return whether a peer at ``ip`` is farther away than ``scope``."""
+    kind = classify(ip)
+    return kind in _REACH and _REACH.index(kind) < _REACH.index(scope)
+
 
 def scope_of(server_ips: Iterable[str]) -> AddressClass:
     """Return how far the farthest of the servers are; public when there are none."""
@@ -163,7 +174,7 @@ def judge(
             agreeing=agreeing,
             confidence=_confidence(agreeing),
             addresses=tuple(each.address for each in own),
-            reason=f"{agreeing} servers connected to {own[0].address}",
+            reason=f"{_servers(agreeing)} connected to {own[0].address}",
         )
     return _not_public(base, bool(confirmed), own_ips)
 
@@ -177,7 +188,7 @@ def _not_public(
     refuted = [each for each in own if each.failed > each.reached]
     if own and len(refuted) == len(own):
         agreeing = min(each.failed for each in refuted)
-        reason = f"{agreeing} servers could not connect to {refuted[0].address}"
+        reason = f"{_servers(agreeing)} could not connect to {refuted[0].address}"
     elif not own and _behind_nat(base.mapping, own_ips):
         agreeing = base.mapping.votes
         external = base.mapping.external_ips[0]
@@ -192,6 +203,10 @@ def _not_public(
         hint=hint,
         reason=reason,
     )
+
+
+def _servers(number: int) -> str:
+    return "1 server" if number == 1 else f"{number} servers"
 
 
 def _why_unknown(base: Reachability) -> str:

@@ -21,6 +21,7 @@ from nat.reachability.core import (
     Reachability,
     announced_addrs,
     candidates,
+    farther,
     judge,
     scope_of,
 )
@@ -180,10 +181,17 @@ class ReachabilityService:
     async def follow_peers(self, events: trio.MemoryReceiveChannel[PeerEvent]) -> None:
         """Have a round soon when somebody new can be asked, while too few agree."""
         async for event in events:
-            unsure = self._verdict.agreeing < self._config.min_agreeing
+            unsure = self._is_unsure()
             # during a round, inbound strangers are the dial-backs we asked for
             if isinstance(event, PeerConnected) and unsure and not self._in_round:
                 self.nudge()
+
+    def _is_unsure(self) -> bool:
+        """Whether too few agree, or a peer is farther away than those who do."""
+        if self._verdict.agreeing < self._config.min_agreeing:
+            return True
+        scope, ips = self._verdict.scope, self._survey.direct_peers().values()
+        return any(farther(ip, scope) for ip in ips)
 
     async def round(self) -> Reachability:
         """Observe, ask and judge once; return the verdict."""
@@ -260,6 +268,7 @@ def _essence(verdict: Reachability) -> tuple[object, ...]:
     return (
         verdict.status,
         verdict.confidence,
+        verdict.scope,
         verdict.addresses,
         verdict.hint,
         mapping.kind,
