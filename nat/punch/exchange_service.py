@@ -11,7 +11,6 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import trio
 
@@ -27,6 +26,7 @@ from fabric.core.telemetry import REFUSALS, Counters
 from fabric.net.host import Host
 from fabric.net.offers import format_address
 from fabric.net.tasks import collapse_group
+from nat.history import PunchNotes
 from nat.punch.addresses import (
     OwnSide,
     is_same_site,
@@ -47,7 +47,6 @@ from nat.punch.messages import (
 from nat.punch.port_service import PunchPort
 from nat.punch.race_service import PunchRace
 
-T = TypeVar("T")
 REFUSED_TARGETS = "punch_target"
 """Label of addresses in a CONNECT that were not dialled."""
 
@@ -92,8 +91,14 @@ class PunchExchange:
         race = self._races.get(label)
         return race is not None and race.offer(sock)
 
-    async def initiate(self, peer: PeerId) -> socket.socket:
+    async def initiate(
+        self, peer: PeerId, notes: PunchNotes | None = None
+    ) -> socket.socket:
         """Return a connected, non-blocking socket to ``peer``.
+
+        Args:
+            peer: Who.
+            notes: Filled with what is learnt on the way, however it ends.
 
         Raises:
             NoRoute: see ``code``: E_PUNCH_IMPOSSIBLE, E_PUNCH_FAILED, E_PUNCH_BUSY.
@@ -101,14 +106,17 @@ class PunchExchange:
             RemoteRefused: the peer's gate refuses us.
             RemoteProtocolError: the peer's answer is malformed.
         """
+        notes = notes if notes is not None else PunchNotes()
         with _fresh_port() as port:
             own, stream = await self._prepare(port, peer)
             try:
-                return await self._initiate_on(_Frames(stream), port, own)
+                return await self._initiate_on(_Frames(stream), port, own, notes)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise Unavailable(f"control stream broke: {exc}") from exc
             finally:
-                await trio.aclose_forcefully(stream)
+                # shielded: a cancellation here would lose the socket that was punched
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(stream)
 
     async def _prepare(
         self, port: PunchPort, peer: PeerId
@@ -132,7 +140,7 @@ class PunchExchange:
         return own, opened[0]
 
     async def _initiate_on(
-        self, frames: _Frames, port: PunchPort, own: OwnSide
+        self, frames: _Frames, port: PunchPort, own: OwnSide, notes: PunchNotes
     ) -> socket.socket:
         mine = self._connect_message(own)
         with _deadline(self._config.exchange_seconds):
@@ -144,8 +152,11 @@ class PunchExchange:
                 raise reply.as_error()
             if not isinstance(reply, PunchConnect):
                 raise RemoteProtocolError("punch: SYNC where CONNECT was expected")
+            notes.peer = reply.facts
             targets, doors = self._plan(own, reply, own.facts, reply.facts)
+            notes.endpoints = (*targets, *(address for address, _ in doors))
             await frames.send(PunchSync())
+            notes.agreed(trio.current_time())
         agreement = SocketAgreement(initiator=True, own=mine.nonce, peer=reply.nonce)
         rtt = round_trip(took, reply.held_seconds)
         race = self._race(port, agreement, rtt, 0)
@@ -154,23 +165,29 @@ class PunchExchange:
             sock = None
             with trio.move_on_after(self._config.punch_seconds):
                 sock = await race.run(targets, doors)
+        notes.tries = race.tries
         if sock is None:
             raise _failed(own.facts, reply.facts, self._config.punch_seconds)
         return sock
 
     async def respond(
-        self, peer_frames: trio.abc.Stream, admit: Callable[[], None]
+        self,
+        peer_frames: trio.abc.Stream,
+        admit: Callable[[], None],
+        notes: PunchNotes | None = None,
     ) -> socket.socket | None:
         """Return the socket that the initiator punched with us, or None.
 
         Args:
             peer_frames: The control stream; the caller closes it.
             admit: Called when a request was read; raises what refuses it.
+            notes: Filled with what is learnt on the way, however it ends.
 
         Raises:
             RemoteProtocolError: the peer sent something else than a punch.
         """
         frames = _Frames(peer_frames)
+        notes = notes if notes is not None else PunchNotes()
         with _deadline(self._config.exchange_seconds):
             request = await frames.receive_untrusted()
         received = trio.current_time()
@@ -178,11 +195,13 @@ class PunchExchange:
             raise RemoteProtocolError("punch: the first message is no CONNECT")
         try:
             admit()
+            notes.peer = request.facts
             with _fresh_port() as port:
-                return await self._respond_on(frames, port, request, received)
+                return await self._respond_on(frames, port, request, received, notes)
         except (RemoteProtocolError, trio.BrokenResourceError):
             raise
         except FabricError as exc:
+            notes.error = exc
             self._counters.add(REFUSALS, label=exc.code)
             with _deadline(self._config.exchange_seconds):
                 await frames.send(PunchRefused.of(exc))
@@ -194,9 +213,11 @@ class PunchExchange:
         port: PunchPort,
         request: PunchConnect,
         received: float,
+        notes: PunchNotes,
     ) -> socket.socket | None:
         own = await self._observe(port)
         targets, doors = self._plan(own, request, request.facts, own.facts)
+        notes.endpoints = (*targets, *(address for address, _ in doors))
         mine = self._connect_message(own, trio.current_time() - received)
         with _deadline(self._config.exchange_seconds):
             sent = trio.current_time()
@@ -214,6 +235,9 @@ class PunchExchange:
                 sock = await _until_closed(
                     frames, race, lambda: race.run(targets, doors)
                 )
+        notes.tries = race.tries
+        if sock is None:
+            notes.error = _failed(own.facts, request.facts, self._config.punch_seconds)
         return sock
 
     async def _observe(self, port: PunchPort) -> OwnSide:
@@ -304,18 +328,26 @@ class _Frames:
 
 
 async def _until_closed(
-    frames: _Frames, race: PunchRace, run: Callable[[], Awaitable[T]]
-) -> T:
+    frames: _Frames,
+    race: PunchRace,
+    run: Callable[[], Awaitable[socket.socket | None]],
+) -> socket.socket | None:
     """Run the race, which ends when the initiator gives up and closes its stream."""
 
     async def watch() -> None:
         await frames.wait_closed()
         race.stop()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        result = await run()
-        nursery.cancel_scope.cancel()
+    result = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            result = await run()
+            nursery.cancel_scope.cancel()
+    except BaseException:  # also cancelled while the watch ended
+        if result is not None:
+            result.close()
+        raise
     return result
 
 

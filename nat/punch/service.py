@@ -111,9 +111,9 @@ class TcpPuncher:
                 reason says which, and so does a punch that is not tried again yet.
             FabricError: see :meth:`PunchExchange.initiate`.
         """
+        await trio.lowlevel.checkpoint()  # before there is something to lose
         spare = self._take_spare(peer)
         if spare is not None:
-            await trio.lowlevel.checkpoint()
             return spare
         self._check_due(peer)
         if self._nursery is None:
