@@ -42,6 +42,7 @@ from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS, Counters
 from fabric.net.acceptors import Acceptor, AcceptRpc, RpcAcceptor
 from fabric.net.arrivals import Arrivals
 from fabric.net.data_config import DataConfig
+from fabric.net.failures import network_errors
 from fabric.net.host import Host
 from fabric.net.offers import (
     MAX_ADDRESSES,
@@ -294,8 +295,6 @@ class DataPlane:
             await stream.send_all(encode_frame(OFFER_REQUEST.encode(request)))
             frame = await _receive_frame_untrusted(stream, OFFER_REPLY.max_bytes)
             return OFFER_REPLY.decode_untrusted(frame)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise Unavailable(f"control stream broke: {exc}") from exc
         finally:
             await trio.aclose_forcefully(stream)
 
@@ -314,7 +313,7 @@ class DataPlane:
         except RemoteProtocolError as exc:
             self.counters.add(PROTOCOL_ERRORS, label="offer")
             logger.info("offer.malformed peer=%s reason=%s", short(peer), exc.reason)
-        except (Unavailable, trio.BrokenResourceError, trio.ClosedResourceError):
+        except Unavailable:
             logger.debug("offer.broken peer=%s", short(peer))
 
     def _grant_untrusted(self, peer: PeerId, request: OfferRequest) -> OfferGranted:
@@ -369,7 +368,10 @@ class DataPlane:
     def _deadline(self, what: str) -> Iterator[None]:
         """Bound a step of the handshake; too slow is a PeerTimeout that names it."""
         try:
-            with trio.fail_after(self.config.handshake_timeout_seconds):
+            with (
+                network_errors(what),
+                trio.fail_after(self.config.handshake_timeout_seconds),
+            ):
                 yield
         except trio.TooSlowError as exc:
             raise PeerTimeout(f"{what} took too long") from exc

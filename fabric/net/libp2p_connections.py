@@ -9,18 +9,17 @@ from __future__ import annotations
 import weakref
 
 import trio
-from google.protobuf.message import DecodeError
 from libp2p.abc import INetConn, IRawConnection
 from libp2p.connection_types import ConnectionType
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from fabric.core.errors import IntegrityError, PeerTimeout, Unavailable
+from fabric.core.errors import IntegrityError, PeerTimeout
 from fabric.core.ids import PeerId, public_key_of, short
 from fabric.net.libp2p_dialer import is_mismatch
+from fabric.net.libp2p_errors import libp2p_errors
 from fabric.net.libp2p_guard import check_read
 from fabric.net.libp2p_muxer import FabricMuxer
 from fabric.net.offers import format_address
@@ -138,12 +137,10 @@ class Connections:
                 ) from exc
             if is_mismatch(exc):
                 raise _wrong_peer(peer, info) from exc
-            if isinstance(exc, BaseLibp2pError | DecodeError | ValueError):
-                raise Unavailable(
-                    f"no connection with {short(peer)} over a {info.kind} stream: "
-                    f"{exc or type(exc).__name__}"
-                ) from exc
-            raise
+            with libp2p_errors(
+                f"no connection with {short(peer)} over a {info.kind} stream"
+            ):
+                raise
 
     async def _upgrade(
         self, peer: PeerId, stream: trio.abc.Stream, info: ConnectionInfo

@@ -14,21 +14,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
-from cryptography.exceptions import InvalidTag
-from google.protobuf.message import DecodeError
 from libp2p.abc import ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
-from fabric.core.errors import NoRoute, Unavailable
+from fabric.core.errors import NoRoute
 from fabric.core.ids import PeerId, short
 from fabric.net.config import HostConfig
+from fabric.net.libp2p_errors import LIBP2P_BROKEN, libp2p_errors
 from fabric.net.libp2p_muxer import FabricMuxer, FabricStream, MuxerLimits
 from fabric.net.libp2p_noise import FabricNoise
 from fabric.net.libp2p_transport import FabricTcpStream, FabricUpgrader
@@ -38,7 +36,6 @@ from fabric.net.tasks import collapse_group
 MAX_REPLY_BYTES = 1024
 """The reply to a dial-back has a few bytes."""
 _NEVER_SECONDS = 10**9
-_BROKEN = (BaseLibp2pError, DecodeError, InvalidTag, UnicodeDecodeError, ValueError)
 
 
 class DialBack:
@@ -82,13 +79,11 @@ class DialBack:
             Unavailable: it answers, but the stream failed.
         """
         async with self._secured(peer, ip, port) as secured:
-            try:
+            with libp2p_errors(f"{short(peer)} broke off"):
                 muxer = await self._upgrader.upgrade_connection(
                     secured, ID.from_base58(peer)
                 )
                 return await self._talk(muxer, protocol, message)
-            except _BROKEN as exc:
-                raise Unavailable(f"{short(peer)} broke off: {exc}") from exc
 
     @asynccontextmanager
     async def _secured(
@@ -104,7 +99,7 @@ class DialBack:
                 secured = await self._upgrader.upgrade_security(
                     raw, True, ID.from_base58(peer)
                 )
-            except _BROKEN as exc:
+            except LIBP2P_BROKEN as exc:
                 raise NoRoute(f"{ip} port {port} is not {short(peer)}: {exc}") from exc
             yield secured
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 import trio
 from libp2p.abc import INetConn
@@ -13,10 +14,10 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from fabric.core.errors import FabricError, IntegrityError, NoRoute
 from fabric.core.ids import PeerId, short
+from fabric.net.libp2p_errors import LIBP2P_BROKEN, libp2p_errors
 from fabric.net.libp2p_transport import FROM_ANY_PORT
 
 CIRCUIT = "/p2p-circuit"
@@ -68,7 +69,8 @@ async def dial(
     async with trio.open_nursery() as nursery:
         await _race(nursery, addrs, direct, circuit, seconds, attempts)
     for surplus in attempts.connections[1:]:
-        await surplus.close()
+        with suppress(*LIBP2P_BROKEN):
+            await surplus.close()
     if attempts.connections or connected():
         return
     if attempts.impostors:
@@ -123,11 +125,11 @@ async def _dial_one(
 ) -> bool:
     """Return whether ``addr`` led to the peer."""
     try:
-        with trio.fail_after(seconds):
+        with libp2p_errors(addr), trio.fail_after(seconds):
             attempts.connections.append(await open_it(addr))
     except trio.TooSlowError:
         attempts.errors[addr] = f"no answer within {seconds:.0f} s"
-    except (BaseLibp2pError, MultiaddrError, ValueError, FabricError) as exc:
+    except FabricError as exc:
         attempts.errors[addr] = _first_cause(exc)
         if is_mismatch(exc):
             attempts.impostors.append(addr)

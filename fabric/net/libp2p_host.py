@@ -15,12 +15,10 @@ from contextlib import asynccontextmanager
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
-from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from multiaddr import Multiaddr
 
 from fabric.core.errors import (
@@ -44,6 +42,8 @@ from fabric.net.host import (
 from fabric.net.libp2p_announce import AnnouncingHost
 from fabric.net.libp2p_connections import Connections, is_live
 from fabric.net.libp2p_dialer import CIRCUIT, dial
+from fabric.net.libp2p_errors import libp2p_errors
+from fabric.net.libp2p_guard import BoundedCommunicator
 from fabric.net.libp2p_inbound import InboundStreams
 from fabric.net.libp2p_muxer import FabricMuxer
 from fabric.net.libp2p_stream import Libp2pStream, reset
@@ -69,6 +69,7 @@ class Libp2pHost:
         basic: The py-libp2p host, for the adapters of this package only.
         gate: Who may open what.
         counters: Where refusals and errors are counted.
+        links: The connections, also for the adapters.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Libp2pHost:
         self._client = MultiselectClient()
         self._live: set[PeerId] = set()
         self._listeners: list[trio.MemorySendChannel[PeerEvent]] = []
-        self._links = Connections(swarm, config.upgrade_seconds)
+        self.links = Connections(swarm, config.upgrade_seconds)
         self._circuit_dialer: CircuitDialer | None = None
         self._inbound = InboundStreams(basic, gate, counters, config.negotiate_seconds)
         swarm.set_stream_handler(self._inbound.serve)
@@ -143,13 +144,13 @@ class Libp2pHost:
             IntegrityError: something answered, but not as ``peer``.
         """
         public_key_of(peer)
-        if not self._links.of(peer):
+        if not self.links.of(peer):
             await dial(
                 self._swarm,
                 peer,
                 addrs[: self._config.max_dials],
                 seconds=self._config.dial_seconds,
-                connected=lambda: bool(self._links.of(peer)),
+                connected=lambda: bool(self.links.of(peer)),
                 circuit=lambda addr: self._dial_circuit(peer, addr),
             )
 
@@ -160,7 +161,7 @@ class Libp2pHost:
         if self._circuit_dialer is None:
             raise NoRoute("this peer does not use relays")
         stream, info = await self._circuit_dialer(relay_addr, peer)
-        return await self._links.adopt(peer, stream, info)
+        return await self.links.adopt(peer, stream, info)
 
     def set_circuit_dialer(self, dial: CircuitDialer) -> None:
         """Use ``dial`` for addresses that contain ``/p2p-circuit``."""
@@ -177,15 +178,15 @@ class Libp2pHost:
             IntegrityError: the other end is not ``peer``; the stream is closed.
             Unavailable: the stream broke or took too long.
         """
-        await self._links.adopt(peer, stream, info)
+        await self.links.adopt(peer, stream, info)
 
     def connections(self, peer: PeerId) -> tuple[ConnectionInfo, ...]:
         """Return the live connections with ``peer``, best first."""
-        return tuple(self._links.info(found) for found in self._links.of(peer))
+        return tuple(self.links.info(found) for found in self.links.of(peer))
 
     async def close_connections(self, peer: PeerId, kind: ConnectionKind) -> None:
         """Close the connections of one kind with ``peer``."""
-        await self._links.close(peer, kind)
+        await self.links.close(peer, kind)
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Libp2pStream:
         """Open a stream on the live connection with ``peer``.
@@ -200,16 +201,25 @@ class Libp2pHost:
         """Do as :meth:`open_stream` does, for adapters of libp2p's own protocols."""
         stream = await self._raw_stream(peer)
         try:
-            with trio.move_on_after(self._config.negotiate_seconds) as scope:
-                await self._client.select_one_of(
-                    [TProtocol(protocol)],
-                    MultiselectCommunicator(stream),
-                    _NEVER_SECONDS,
-                )
-                stream.set_protocol(TProtocol(protocol))
-                return stream
-        except MultiselectClientError as exc:
+            with (
+                libp2p_errors(f"no stream to {short(peer)}"),
+                trio.fail_after(self._config.negotiate_seconds),
+            ):
+                return await self._negotiate(peer, stream, protocol)
+        except BaseException as exc:
             reset(stream)
+            if isinstance(exc, trio.TooSlowError):
+                raise PeerTimeout(f"{short(peer)} did not answer to {protocol}") from exc
+            raise
+
+    async def _negotiate(
+        self, peer: PeerId, stream: INetStream, protocol: str
+    ) -> INetStream:
+        try:
+            await self._client.select_one_of(
+                [TProtocol(protocol)], BoundedCommunicator(stream), _NEVER_SECONDS
+            )
+        except MultiselectClientError as exc:
             if stream.muxed_conn.is_closed:
                 raise Unavailable(f"{short(peer)} left: {exc}") from exc
             raise RemoteRefused(
@@ -217,23 +227,20 @@ class Libp2pHost:
                 code="E_PROTOCOL_REFUSED",
                 next_step=f"check that {short(peer)} has admitted this peer",
             ) from exc
-        except BaseException:
-            reset(stream)
-            raise
-        reset(stream)
-        assert scope.cancelled_caught
-        raise PeerTimeout(f"{short(peer)} did not answer to {protocol}")
+        stream.set_protocol(TProtocol(protocol))
+        return stream
 
     async def _raw_stream(self, peer: PeerId) -> INetStream:
         broken = None
-        for connection in self._links.of(peer):  # the best first
+        for connection in self.links.of(peer):  # the best first
             try:
-                return await connection.new_stream()
-            except BaseLibp2pError as exc:
+                with libp2p_errors(f"no stream to {short(peer)}"):
+                    return await connection.new_stream()
+            except Unavailable as exc:
                 broken = exc  # a second connection may still work
-        if broken is not None:
-            raise Unavailable(f"no stream to {short(peer)}: {broken}") from broken
-        raise Unavailable(f"not connected with {short(peer)}", code="E_NOT_CONNECTED")
+        raise broken or Unavailable(
+            f"not connected with {short(peer)}", code="E_NOT_CONNECTED"
+        )
 
     def set_handler(self, protocol: str, handler: StreamHandler) -> None:
         """Serve inbound streams of ``protocol``, ours or libp2p's.
@@ -254,7 +261,8 @@ class Libp2pHost:
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every control connection with ``peer``."""
-        await self._swarm.close_peer(ID.from_base58(peer))
+        with libp2p_errors(f"closing the connection with {short(peer)}"):
+            await self._swarm.close_peer(ID.from_base58(peer))
 
     def channel_binding(self, peer: PeerId, stream: trio.abc.Stream) -> bytes:
         """Return 32 bytes that only the ends of the connection under ``stream`` share.
@@ -275,7 +283,7 @@ class Libp2pHost:
 
     def note_disconnected(self, peer: PeerId, reason: str) -> None:
         """Tell listeners when the last connection with ``peer`` is gone."""
-        if peer in self._live and not self._links.of(peer):
+        if peer in self._live and not self.links.of(peer):
             self._live.discard(peer)
             self._publish(PeerDisconnected(peer, reason))
 

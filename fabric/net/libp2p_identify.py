@@ -89,7 +89,7 @@ async def identify(host: Libp2pHost, peer: PeerId) -> Identified:
 
 
 def _choose(host: Libp2pHost, peer: PeerId) -> tuple[INetConn, ConnectionInfo]:
-    known = [(found, host._links.info(found)) for found in host._links.of(peer)]
+    known = [(found, host.links.info(found)) for found in host.links.of(peer)]
     direct = [pair for pair in known if pair[1].kind == "direct"]
     if not direct:
         raise Unavailable(

@@ -7,6 +7,8 @@ which binds higher-level evidence to this very connection (Noise, section 11.2).
 
 from __future__ import annotations
 
+from cryptography.exceptions import InvalidTag
+from google.protobuf.message import DecodeError
 from libp2p.abc import IRawConnection, ISecureConn
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_static_key_pair
@@ -28,6 +30,9 @@ from fabric.net.libp2p_session import READ_BYTES, FabricSession
 
 MAX_PLAINTEXT_BYTES = 65535 - 16
 """A Noise message without its authentication tag."""
+
+_FAILED = (IOException, NoiseInvalidMessage, InvalidTag, DecodeError, ValueError)
+"""What a handshake raises when the other end goes away or is no Noise peer."""
 
 
 class _BoundPattern(PatternXX):
@@ -125,7 +130,7 @@ class FabricNoise(Transport):
         pattern = self.get_pattern()
         try:
             session = await pattern.handshake_inbound(conn)
-        except (IOException, NoiseInvalidMessage, ValueError) as exc:
+        except _FAILED as exc:
             raise NoiseFailure(f"handshake: {exc or type(exc).__name__}") from exc
         return NoiseSession(session, conn, pattern.state)
 
@@ -134,6 +139,6 @@ class FabricNoise(Transport):
         pattern = self.get_pattern()
         try:
             session = await pattern.handshake_outbound(conn, peer_id)
-        except (IOException, NoiseInvalidMessage, ValueError) as exc:
+        except _FAILED as exc:
             raise NoiseFailure(f"handshake: {exc or type(exc).__name__}") from exc
         return NoiseSession(session, conn, pattern.state)

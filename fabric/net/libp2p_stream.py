@@ -37,7 +37,7 @@ class Libp2pStream(HalfCloseableStream):
 
     @property
     def channel_binding(self) -> bytes:
-        """What the two ends of the connection under this stream, and no other, share."""
+        """What the ends of the connection under this stream, and no other, share."""
         return self._muxed.muxed_conn.channel_binding
 
     @override

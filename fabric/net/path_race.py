@@ -20,6 +20,7 @@ import trio
 
 from fabric.core.errors import FabricError, NoRoute, Unavailable
 from fabric.core.ids import PeerId, short
+from fabric.net.failures import network_errors
 from fabric.net.offers import parse_address_untrusted
 from fabric.net.ports import ALL_PATHS, PathKind, PathProvider
 from fabric.net.tcp_dial import connect_any
@@ -36,14 +37,15 @@ RELAY_AFTER_SECONDS = 2.0
 class _Race:
     """The winner so far, and why the others lost."""
 
-    scope: trio.CancelScope
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     sock: socket.socket | None = None
     kind: PathKind = "direct"
     errors: list[FabricError] = field(default_factory=list)
 
     async def run(self, kind: PathKind, open_it: Opener, done: trio.Event) -> None:
         try:
-            sock = await open_it()
+            with network_errors(f"no {kind} path"):
+                sock = await open_it()
         except FabricError as exc:
             self.errors.append(exc)
         else:
@@ -106,18 +108,29 @@ async def open_path(
     if provider is not None and "relay" in kinds:
         circuit = provider.circuit
         steps.append(("relay", relay_after_seconds, lambda: circuit(peer)))
-    async with trio.open_nursery() as nursery:
-        race = _Race(nursery.cancel_scope)
-        earlier: list[trio.Event] = []
-        for kind, after, open_it in steps:
-            done = trio.Event()
-            nursery.start_soon(
-                _start_later, race, kind, open_it, done, after, tuple(earlier)
-            )
-            earlier.append(done)
+    race = await _run(steps)
     if race.sock is not None:
         return race.sock, race.kind
     raise _no_route(peer, race.errors)
+
+
+async def _run(steps: Sequence[tuple[PathKind, float, Opener]]) -> _Race:
+    race = _Race()
+    try:
+        async with trio.open_nursery() as nursery:
+            race.scope = nursery.cancel_scope
+            earlier: list[trio.Event] = []
+            for kind, after, open_it in steps:
+                done = trio.Event()
+                nursery.start_soon(
+                    _start_later, race, kind, open_it, done, after, tuple(earlier)
+                )
+                earlier.append(done)
+    except BaseException:  # cancelled while the losers ended
+        if race.sock is not None:
+            race.sock.close()
+        raise
+    return race
 
 
 async def _start_later(

@@ -134,3 +134,30 @@ async def test_a_relays_refusal_is_kept(race, autojump_clock):
 async def test_a_malformed_address_is_the_peers_fault(race, autojump_clock):
     with pytest.raises(RemoteProtocolError):
         await race(addresses=("nonsense",), direct=0.1, punched=0.1, relay=0.1)
+
+
+async def test_a_winner_is_closed_when_the_caller_is_cancelled_meanwhile(
+    race, autojump_clock
+):
+    """The losers take their time to end, and the caller gives up in between."""
+    made = []
+
+    class Slow(Provider):
+        async def punch(self, peer):
+            made.append(await super().punch(peer))
+            return made[0]
+
+        async def circuit(self, peer):
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(5)
+
+    provider = Slow(punched=1.0)
+    provider.start = trio.current_time()
+    with trio.move_on_after(3) as scope:
+        await open_path(PEER, (), provider, relay_after_seconds=0.3)
+    assert scope.cancelled_caught
+    assert made[0].fileno() == -1
+    provider.close()
