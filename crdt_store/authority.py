@@ -262,7 +262,8 @@ class Authority:
         cached = self._profiles.get(peer)
         if cached is None:
             cached = self._build_profile(peer)
-            self._profiles[peer] = cached
+            if cached.sources or cached.revocations:  # strangers are without number
+                self._profiles[peer] = cached
         return cached
 
     def _build_profile(self, peer: PeerId) -> _Profile:

@@ -19,6 +19,7 @@ import trio
 from crdt_store.entry import Entry
 from crdt_store.outcome import Changes
 from crdt_store.replica import Replica
+from crdt_store.slots import MAX_EVIDENCE
 from crdt_store.storage import Storage
 from fabric.core.errors import FabricError, Unavailable
 
@@ -153,5 +154,5 @@ def merged(earlier: Changes, later: Changes) -> Changes:
     return Changes(
         {**upserts, **later.upserts},
         deletes | later.deletes,
-        [*earlier.evidence, *later.evidence],
+        [*earlier.evidence, *later.evidence][-MAX_EVIDENCE:],
     )

@@ -214,8 +214,8 @@ class Replica:
     def _wins_conflict(self, entry: Entry) -> bool:
         held = self.slots.get(entry.slot)
         assert held is not None
-        self.slots.keep_evidence(held, entry)
-        self._changes.evidence.append((held, entry))
+        if self.slots.keep_evidence(held, entry):
+            self._changes.evidence.append((held, entry))
         return entry.id > held.id
 
     # --- our own writes

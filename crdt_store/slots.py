@@ -129,11 +129,19 @@ class Slots:
                 self._push(entry.expires_at, entry)
             yield entry, final
 
-    def keep_evidence(self, one: Entry, other: Entry) -> None:
-        """Remember that an author signed both entries for one slot and clock."""
+    def keep_evidence(self, one: Entry, other: Entry) -> bool:
+        """Remember that an author signed both entries for one slot and clock.
+
+        Returns:
+            Whether it is news: the pair of one slot is enough.
+        """
+        known = self._evidence.get(one.slot)
+        if known is not None and known[0].hlc == one.hlc:
+            return False
         while len(self._evidence) >= MAX_EVIDENCE:
             self._evidence.pop(next(iter(self._evidence)))
         self._evidence[one.slot] = (one, other)
+        return True
 
     def evidence(self) -> list[tuple[Entry, Entry]]:
         """Return the conflicting pairs kept, oldest first."""

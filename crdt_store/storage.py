@@ -47,6 +47,9 @@ CREATE TABLE IF NOT EXISTS promise (
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 _MAX_EVIDENCE_ROWS = 1000
+_MAX_WAL_BYTES = 4 << 20
+"""The log is cut to this after a checkpoint; SQLite makes one every 1000 pages."""
+_FREE_PAGES_KEPT = 1000
 _BUSY_SECONDS = 5.0
 """Longest wait for the other connection's commit."""
 
@@ -201,6 +204,7 @@ class SqliteStorage:
                     next_step="upgrade peerfabric",
                 )
             self._entries.executescript(_SCHEMA)
+            self._shrink(self._entries)
 
     def _connect(self, synchronous: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -210,8 +214,17 @@ class SqliteStorage:
             check_same_thread=False,
         )
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES}")
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         return connection
+
+    @staticmethod
+    def _shrink(connection: sqlite3.Connection) -> None:
+        """Give free pages back if they are most of the file: entries expire."""
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+        if free > max(pages // 2, _FREE_PAGES_KEPT):
+            connection.execute("VACUUM")
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:

@@ -194,7 +194,8 @@ def test_asking_twice_without_an_answer_is_our_bug(world) -> None:
 def test_a_newer_entry_is_fetched_before_an_older_one_is_offered(world) -> None:
     one, other = filled(world, range(50)), filled(world, range(50))
     for n in range(20):
-        newer = world.entry(world.workers[n % 4], f"j/{n}/spec", b"new", at=world.now + 1)
+        worker = world.workers[n % 4]
+        newer = world.entry(worker, f"j/{n}/spec", b"new", at=world.now + 1)
         other.apply(newer, world.now)
     session, carried = Session(one, SALT), 0
     while (data := session.next_request()) is not None:
