@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from fabric.app.control_client import failed_of
+from fabric.app.bugs import answer_to
 from fabric.app.control_messages import (
     MAX_CONTROL_BYTES,
     REPLIES,
@@ -22,7 +22,7 @@ from fabric.app.control_messages import (
     Reply,
     Request,
 )
-from fabric.core.errors import ConfigError, FabricError, PeerTimeout
+from fabric.core.errors import ConfigError, FabricError
 from fabric.core.framing import FrameReader, encode_frame
 from fabric.core.telemetry import BUGS, Counters
 
@@ -146,24 +146,34 @@ async def _hung_up(stream: trio.SocketStream) -> bool:
 async def _send_results(
     stream: trio.SocketStream, frame: bytes, answer: Answer, counters: Counters
 ) -> None:
+    """Answer a request; a bug in its handler is an answer too, never our end."""
+    verb = "the control API"
     try:
         request = REQUESTS.decode_untrusted(frame)
+        verb = f"`{type(request).__name__}`"
         async with aclosing(answer(request)) as results:
             async for result in results:
                 await _send(stream, Item(msgspec.msgpack.encode(result)))
         await _send(stream, Done())
-    except FabricError as exc:
-        await _send(stream, failed_of(exc))
-    except trio.TooSlowError:
-        await _send(stream, failed_of(PeerTimeout("the peers did not answer in time")))
     except _CLIENT_GONE:
         raise
-    except Exception as exc:
-        # the boundary of the control API: a bug must not end the daemon
-        log.exception("control.bug")
+    except Exception as exc:  # noqa: BLE001, the boundary of the control API
+        await _send(stream, _failed(exc, verb, counters))
+    except BaseExceptionGroup as group:
+        # the client hung up while the handler failed in a nursery: what is left when
+        # the cancellation is taken out must not reach the daemon's own nursery
+        failed, cancelled = group.split(Exception)
+        if failed is not None:
+            _failed(failed, verb, counters)
+        assert cancelled is not None, "else it were an ExceptionGroup"
+        raise cancelled from None
+
+
+def _failed(error: Exception, verb: str, counters: Counters) -> Failed:
+    told = answer_to(error, verb)
+    if told.code == "E_BUG":
         counters.add(BUGS, label="control")
-        reason = f"{type(exc).__name__}: {exc}"
-        await _send(stream, Failed("E_BUG", reason, "report it with the daemon's log"))
+    return told
 
 
 async def _send(stream: trio.SocketStream, reply: Reply) -> None:

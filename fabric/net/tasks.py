@@ -32,16 +32,17 @@ def collapse_group() -> Iterator[None]:
 
 def _sole_error(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
     """Return the only real error in ``group``, or None if there are several."""
-    leaves = list(_leaves(group))
-    errors = [leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)]
+    found = list(leaves(group))
+    errors = [leaf for leaf in found if not isinstance(leaf, trio.Cancelled)]
     if len(errors) == 1:
         return errors[0]
-    return leaves[0] if len(leaves) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield what ``error`` is about: itself, or the innermost members of a group."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     else:
         yield error

@@ -1,24 +1,49 @@
 """The control API over a real Unix socket: answers, refusals, bugs, lost clients."""
 
+import os
+import re
 import socket
 import stat
+import subprocess
+import sys
 
 import pytest
 import trio
 
 from fabric.app import control_messages as m
 from fabric.app.aclient import AsyncClient
+from fabric.app.bugs import log_place
 from fabric.app.client import Client
+from fabric.app.control_client import Exchange
 from fabric.app.control_server import serve_control
-from fabric.core.errors import ConfigError, PeerTimeout, RemoteRefused, Unavailable
+from fabric.core.errors import (
+    ConfigError,
+    FabricError,
+    PeerTimeout,
+    RemoteRefused,
+    Unavailable,
+)
 from fabric.core.framing import encode_frame
 from fabric.core.telemetry import Counters
+
+
+async def break_down(text):
+    raise KeyError(text)
+
+
+async def break_when_cancelled(waiting):
+    waiting.set()
+    try:
+        await trio.sleep_forever()
+    finally:
+        raise KeyError("while cancelled")
 
 
 class Daemon:
     def __init__(self):
         self.counters = Counters()
         self.cancelled = trio.Event()
+        self.waiting = trio.Event()
 
     async def answer(self, request):
         match request:
@@ -33,6 +58,17 @@ class Daemon:
                 raise trio.TooSlowError
             case m.Down():
                 raise KeyError("a bug")
+            case m.Leave():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(break_down, "first")
+                    nursery.start_soon(break_down, "second")
+            case m.Why():
+                async with trio.open_nursery():
+                    raise RemoteRefused("no", code="E_X", next_step="go home")
+            case m.ContentList():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(break_when_cancelled, self.waiting)
+                    await trio.sleep_forever()
             case m.JobEvents():
                 try:
                     yield m.Line("first")
@@ -83,8 +119,61 @@ async def test_bug_is_reported_counted_and_survived(daemon):
     with pytest.raises(Exception, match="KeyError") as caught:
         await sync(Client(daemon.path).down)
     assert caught.value.code == "E_BUG"
+    assert caught.value.reason == "a bug in `Down`: KeyError: 'a bug'"
     assert daemon.counters.snapshot() == {"bugs_total:control": 1}
     assert await sync(echo, Client(daemon.path), "still here") == "still here"
+
+
+async def test_a_bug_in_a_nursery_names_its_causes_and_the_log(daemon, caplog):
+    with pytest.raises(FabricError) as caught:
+        await sync(Client(daemon.path).leave)
+    told = caught.value
+    assert told.code == "E_BUG"
+    assert told.reason.startswith("a bug in `Leave`: ")
+    assert "KeyError: 'first'" in told.reason
+    assert "KeyError: 'second'" in told.reason
+    assert "ExceptionGroup" not in told.reason
+    (record,) = [r for r in caplog.records if r.message.startswith("control.bug")]
+    assert record.exc_info is not None
+    bug = re.search(r"under (id=[0-9a-f]{8});", told.next_step).group(1)
+    assert bug in record.message
+    assert log_place() in told.next_step
+
+
+async def test_a_refusal_in_a_nursery_stays_a_refusal(daemon):
+    with pytest.raises(RemoteRefused) as caught:
+        await sync(Client(daemon.path).why, "x")
+    assert (caught.value.code, caught.value.next_step) == ("E_X", "go home")
+    assert daemon.counters.snapshot() == {}
+
+
+async def test_a_bug_while_the_client_hangs_up_is_survived(daemon):
+    def ask_and_hang_up():
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(daemon.path))
+            sock.sendall(Exchange(m.ContentList()).request)
+            trio.from_thread.run(daemon.waiting.wait)
+
+    await sync(ask_and_hang_up)
+    with trio.fail_after(5):
+        while not daemon.counters.snapshot():
+            await trio.lowlevel.checkpoint()
+    assert await sync(echo, Client(daemon.path), "still here") == "still here"
+
+
+def test_the_place_of_the_log_is_a_file_if_it_is_one(tmp_path):
+    path = tmp_path / "daemon.log"
+    with path.open("w") as log:
+        code = "from fabric.app.bugs import log_place; print(log_place())"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stderr=log,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, "JOURNAL_STREAM": ""},
+        )
+    assert done.stdout.strip() == str(path)
 
 
 async def test_a_peer_that_is_too_slow_is_a_timeout(daemon):
