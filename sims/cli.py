@@ -1,4 +1,4 @@
-"""``fabric sim``: a mesh of real daemons on this machine, and faults for it."""
+"""``fabric sim``: simulated meshes, and real daemons on this machine to hurt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import cyclopts
 
 from fabric.app.cli_output import show_json, show_table, show_text, talk
 from fabric.core.errors import ConfigError, Unavailable
+from sims.command import run
 from sims.lab.command import lab
 from sims.local import LocalMesh
 
 app = cyclopts.App(name="sim", help="Run many peers on this machine, and hurt them.")
 app.command(lab)
+app.command(run)
 
 Directory = Annotated[Path, cyclopts.Parameter(name="--dir")]
 DEFAULT_DIRECTORY = Path("fabric-sim")

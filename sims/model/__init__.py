@@ -1,0 +1,1 @@
+"""What the simulator models: networks, faults, attacks, scenarios."""

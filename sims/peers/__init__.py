@@ -1,0 +1,1 @@
+"""Simulated peers: the production cores, driven in virtual time."""

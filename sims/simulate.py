@@ -1,0 +1,236 @@
+"""One run of the simulator: build the mesh, let the scenario happen, judge the end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+
+from crdt_store.entry import Entry
+from crdt_store.outcome import Outcome
+from sims.engine.event_log import EventLog
+from sims.engine.queue import Engine
+from sims.engine.randomness import key, stream
+from sims.model.attacks import Attacker
+from sims.model.network import Network
+from sims.model.scenario import Scenario
+from sims.peers.drama import Drama
+from sims.peers.founding import Founding, first_records, found
+from sims.peers.ledger import Ledger
+from sims.peers.library import Library, SharedEntry
+from sims.peers.mesh import Mesh
+from sims.peers.node import Node
+from sims.report.report import Report, Sample
+
+_SETTLE_LOOK_SECONDS = 1.0
+_STALENESS_PEERS = 50
+"""Peers whose views are looked at for staleness."""
+
+
+class Simulation:
+    """One run.
+
+    Args:
+        scenario: What is modelled.
+        seed: Of everything random.
+        name: Of the scenario, for the report and the command that replays.
+        log_file: Where event lines go besides their hash.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: int,
+        name: str = "scenario",
+        log_file: BinaryIO | None = None,
+    ) -> None:
+        self.scenario = scenario
+        self.seed = seed
+        self.name = name
+        self.samples: list[Sample] = []
+        self.engine = Engine()
+        self.log = EventLog(log_file)
+        self.library = Library()
+        self.ledger = Ledger()
+        self.network = Network(self.engine, scenario.network, self._stream("links"))
+        self.mesh = Mesh(
+            self.engine,
+            self.network,
+            self.log,
+            self._stream("gossip"),
+            self._stream("faults"),
+            scenario.connections,
+        )
+        self.mesh.acknowledged = self._acknowledged
+        self._late = self._choose_late()
+        self._founding = found(seed, scenario.nodes, self._late)
+        self.drama = Drama(
+            scenario,
+            self.engine,
+            self.mesh,
+            self._attacker(),
+            self._stream,
+            self._late,
+        )
+        self._violations: list[str] = []
+        self._sent_before = 0
+        self._converged_at: float | None = None
+
+    def _stream(self, purpose: str) -> random.Random:
+        return stream(self.seed, purpose)
+
+    def _choose_late(self) -> frozenset[int]:
+        nodes = self.scenario.nodes
+        number = int(self.scenario.trust.late_grants * nodes)
+        # the owner and the attacker are members from the start
+        candidates = range(1, nodes - 1)
+        chosen = min(number, len(candidates))
+        return frozenset(self._stream("late").sample(candidates, chosen))
+
+    def _attacker(self) -> Attacker:
+        founding = self._founding
+        *honest, hostile = founding.signers
+        return Attacker(
+            self._stream("attacks"),
+            founding.mesh.id,
+            hostile,
+            key(self.seed, "stranger"),
+            list(honest or [hostile]),
+        )
+
+    def _acknowledged(self, node: Node, entry: Entry) -> None:
+        self.ledger.acknowledge(entry, self.engine.now)
+        self.drama.attacker.hear(entry)
+
+    # --- the run
+
+    def run(self) -> Report:
+        """Let it all happen; return what came of it."""
+        started = time.perf_counter()
+        self._build(self._founding)
+        self.drama.plan()
+        self.engine.after(self.scenario.sample_seconds, self._sample)
+        self.engine.run(self.scenario.fault_seconds)
+        self._settle()
+        self._judge()
+        return self._report(time.perf_counter() - started)
+
+    def _build(self, founding: Founding) -> None:
+        scenario, skews = self.scenario, self._stream("skews")
+        self.mesh.num_members = len(founding.entries)
+        entries = [self.library.signed(entry) for entry in founding.entries]
+        if scenario.converged_start:
+            entries += [self.library.signed(e) for e in first_records(founding)]
+        for number, signer in enumerate(founding.signers):
+            rng = self._stream(f"peer-{number}")
+            node = Node(
+                self.network.add(),
+                signer,
+                founding.mesh,
+                scenario.store,
+                self.library,
+                rng,
+            )
+            node.skew = (2 * skews.random() - 1) * scenario.clocks.skew_seconds
+            self.mesh.add(node)
+            if number not in self._late:
+                node.storage.write(entries, ())
+                node.start(0.0, self.mesh.num_members)
+                self.mesh.online(node)
+
+    def _settle(self) -> None:
+        """Go on until everybody agrees, or the time for it is over."""
+        start = self.engine.now
+        while self.engine.now < start + self.scenario.settle_seconds:
+            self.engine.run(self.engine.now + _SETTLE_LOOK_SECONDS)
+            online = self._online()
+            if self.ledger.agreeing(online) == len(online):
+                self._converged_at = self.engine.now - start
+                return
+
+    def _online(self) -> list[Node]:
+        return [n for n in self.mesh.nodes if self.network.online[n.number]]
+
+    def _sample(self) -> None:
+        online, now = self._online(), self.engine.now
+        period, sent = self.scenario.sample_seconds, sum(self.network.sent)
+        peers = max(1, len(online))
+        rate = (sent - self._sent_before) / peers / period
+        self._sent_before = sent
+        agreeing = self.ledger.agreeing(online) / peers
+        stale = self.ledger.staleness(online[:_STALENESS_PEERS], now)
+        self.samples.append(Sample(now, agreeing, rate, stale, len(online)))
+        self.engine.after(period, self._sample)
+
+    # --- the verdict
+
+    def _judge(self) -> None:
+        if self._converged_at is None and self.scenario.must_converge:
+            online = self._online()
+            agree = self.ledger.agreeing(online)
+            self._violations.append(f"{agree} of {len(online)} peers agree in the end")
+        lost = self.num_lost()
+        if lost:
+            self._violations.append(f"{lost} acknowledged writes are lost")
+        if self.scenario.trust.attack_share:
+            for node in self._online():
+                self._check_views(node)
+
+    def num_lost(self) -> int:
+        """Return how many acknowledged writes some peer lacks now."""
+        if self._converged_at is not None:
+            # all offer the same entries, so one speaks for all
+            return len(self.ledger.lost(self._online()[0], self.engine.now))
+        lost: set[bytes] = set()
+        for node in self._online():
+            lost |= {entry.id for entry in self.ledger.lost(node, self.engine.now)}
+        return len(lost)
+
+    def _check_views(self, node: Node) -> None:
+        """Nothing may be held that an honest replica would not let in."""
+        node.replica.check_integrity()
+        for entry in node.replica.slots:
+            assert isinstance(entry, SharedEntry)
+            if not entry.signature_matches():
+                self._violations.append(f"peer {node.number} holds a forged entry")
+
+    def _report(self, wall_seconds: float) -> Report:
+        outcomes: Counter[Outcome] = Counter()
+        for node in self.mesh.nodes:
+            outcomes += node.outcomes
+        spread = sorted(self.ledger.spread_seconds)
+        sent, now = self.network.sent, self.engine.now
+        mean = sum(sent) / len(sent)
+        calls = self.mesh.calls + Counter(offer=self.library.num_offered)
+        return Report(
+            scenario=self.name,
+            seed=self.seed,
+            nodes=self.scenario.nodes,
+            log_hash=self.log.hash(),
+            converged=self._converged_at is not None,
+            convergence_seconds=self._converged_at,
+            lost_writes=self.num_lost(),
+            writes=self.ledger.num_acknowledged,
+            attacks=self.drama.num_attacks,
+            refused={o.value: n for o, n in sorted(outcomes.items()) if not o.harmless},
+            bytes_by_kind=dict(sorted(self.network.by_kind.items())),
+            bytes_per_peer_second=round(mean / now, 3),
+            busiest_peer_factor=round(max(sent) / mean, 2) if mean else 0.0,
+            spread_seconds_p50=spread[len(spread) // 2] if spread else None,
+            spread_seconds_max=spread[-1] if spread else None,
+            events=self.engine.num_events,
+            events_per_second=round(self.engine.num_events / wall_seconds),
+            core_calls=dict(sorted(calls.items())),
+            signatures_verified=self.library.num_verified,
+            virtual_seconds=round(now, 3),
+            wall_seconds=round(wall_seconds, 3),
+            violations=tuple(self._violations),
+            replay=replay_command(Path(self.name), self.seed, self.scenario.nodes),
+        )
+
+
+def replay_command(scenario: Path, seed: int, nodes: int) -> str:
+    """Return the command that does the same run again."""
+    return f"fabric sim run {scenario} --seed {seed} --nodes {nodes} --json"
