@@ -15,7 +15,7 @@ import cyclopts
 
 from fabric.app import cli_content, cli_jobs, cli_mesh, cli_net, cli_trust
 from fabric.app.cli_output import show_error
-from fabric.app.config_loader import parse_assignment
+from fabric.app.up_flags import settings_of
 from fabric.core.errors import FabricError
 
 app = cyclopts.App(
@@ -32,6 +32,8 @@ def up(
     home: Path | None = None,
     name: str | None = None,
     listen: str | None = None,
+    relay_ok: bool | None = None,
+    budget: str | None = None,
     set: Annotated[tuple[str, ...], cyclopts.Parameter(negative="")] = (),
 ) -> None:
     """Run this machine's peer until Ctrl+C (once: leave cleanly; twice: at once).
@@ -40,16 +42,17 @@ def up(
         home: Directory of this peer instead of the XDG directories.
         name: Name shown to others.
         listen: Control-plane address, e.g. /ip4/0.0.0.0/tcp/4001.
+        relay_ok: Relay for others, or never; default: while the internet reaches us.
+        budget: What may be sent, e.g. 20Mbit or 20Mbit,peer=5Mbit,connections=200;
+            relaying has a budget of its own, not above this one: relay=2Mbit.
         set: Settings as key=value, e.g. --set store.sync_period_seconds=2.
     """
     from fabric.app.daemon import run_daemon
 
-    flags: dict[str, object] = dict(parse_assignment(text) for text in set)
-    if name is not None:
-        flags["name"] = name
-    if listen is not None:
-        flags["host.listen"] = [listen]
-    status = run_daemon(home, flags)
+    settings = settings_of(
+        set, name=name, listen=listen, relay_ok=relay_ok, budget=budget
+    )
+    status = run_daemon(home, settings)
     if status:
         raise SystemExit(status)
 

@@ -57,6 +57,15 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """The name shown to others."""
         return self.name or socket.gethostname()
 
+    @property
+    def nat_in_budget(self) -> NatConfig:
+        """The settings of traversal; relaying takes no more than all may send."""
+        all_, relay = self.data.budget.max_up_bytes_per_second, self.nat.relay
+        if not all_ or relay.max_bytes_per_second <= all_:
+            return self.nat
+        less = msgspec.structs.replace(relay, max_bytes_per_second=all_)
+        return msgspec.structs.replace(self.nat, relay=less)
+
 
 def load_node_config(home: Home, flags: Mapping[str, object]) -> NodeConfig:
     """Return the configuration in ``home``, environment and ``flags``.

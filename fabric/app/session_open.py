@@ -264,7 +264,7 @@ async def _open(
     knowledge = MeshKnowledge(own, membership, store, book, rpc, config.nat)
     nat = await enter(
         open_traversal(
-            config.nat,
+            config.nat_in_budget,
             TraversalBase(
                 host,
                 plane,
