@@ -7,14 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from fabric.app.roster import by_peer
-from fabric.core.errors import (
-    FabricError,
-    NoRoute,
-    PeerTimeout,
-    RemoteRefused,
-    Unavailable,
-)
+from fabric.core.errors import FabricError, NoRoute, PeerTimeout, RemoteRefused
 from fabric.core.ids import PeerId, short
+from fabric.net.tasks import collapse_group
 
 MAX_AT_ONCE = 8
 """Members asked at once: an invite names no more."""
@@ -52,10 +47,11 @@ async def join_any(bootstrap: Sequence[str], admit: Admit, *, seconds: float) ->
         raise NoRoute("the invite names no address", next_step="ask for a new token")
     answers = _Answers()
     limit = trio.CapacityLimiter(MAX_AT_ONCE)
-    async with trio.open_nursery() as nursery:
-        for peer, addrs in members.items():  # at most MAX_MEMBERS
-            attempt = _Attempt(peer, addrs, seconds, nursery.cancel_scope)
-            nursery.start_soon(_ask, attempt, admit, limit, answers)
+    with collapse_group():
+        async with trio.open_nursery() as nursery:
+            for peer, addrs in members.items():  # at most MAX_MEMBERS
+                attempt = _Attempt(peer, addrs, seconds, nursery.cancel_scope)
+                nursery.start_soon(_ask, attempt, admit, limit, answers)
     if answers.admitted is not None:
         return answers.admitted
     if answers.refusals:
@@ -92,8 +88,6 @@ async def _ask(
         scope.deadline = min(scope.deadline, latest)
     except FabricError as exc:
         answers.failures[peer] = exc
-    except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-        answers.failures[peer] = Unavailable(f"connection broke: {exc!r}")
     except trio.TooSlowError:
         answers.failures[peer] = PeerTimeout(
             f"{short(peer)} did not finish within {attempt.seconds:g} s"

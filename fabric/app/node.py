@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import trio
 
@@ -22,7 +23,7 @@ from fabric.app.membership_file import (
 )
 from fabric.app.session import Session
 from fabric.app.session_open import open_session
-from fabric.core.errors import ConfigError, FabricError, PeerTimeout
+from fabric.core.errors import ConfigError, PeerTimeout
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
 
@@ -138,21 +139,27 @@ class Node:
         self.joining = True
         try:
             session = await self._start_session(membership)
-            with trio.fail_after(self.config.mesh.join_seconds):
-                await session.join_through(invite.bootstrap)
-        except trio.TooSlowError:
-            await self._stop_session()
-            raise PeerTimeout(
-                f"no member answered within {self.config.mesh.join_seconds:g} s",
-                next_step="check that a member is up, or ask for a new token",
-            ) from None
-        except FabricError:
-            await self._stop_session()
-            raise
+            await self._be_admitted(session, invite.bootstrap)
         finally:
             self.joining = False
         save_membership(self.home.mesh_file, membership)
         return invite.mesh_id
+
+    async def _be_admitted(self, session: Session, bootstrap: Sequence[str]) -> None:
+        """Join, or leave nothing: also when the client that asked has hung up."""
+        seconds = self.config.mesh.join_seconds
+        try:
+            with trio.fail_after(seconds):
+                await session.join_through(bootstrap)
+        except BaseException as exc:
+            with trio.CancelScope(shield=True):
+                await self._stop_session()
+            if isinstance(exc, trio.TooSlowError):
+                raise PeerTimeout(
+                    f"no member answered within {seconds:g} s",
+                    next_step="check that a member is up, or ask for a new token",
+                ) from None
+            raise
 
     async def leave(self) -> None:
         """Leave the mesh, say so, and forget it."""

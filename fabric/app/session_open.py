@@ -68,6 +68,7 @@ from fabric.net.paths import WorkerPaths
 from fabric.net.ports import Broadcast
 from fabric.net.routing_api import ContentRouting
 from fabric.net.rpc import RpcService, open_rpc
+from fabric.net.tasks import collapse_group
 from inference.service import ServeService
 from inference.stage_service import RunnerPorts
 from nat.ports import TraversalBase
@@ -96,6 +97,16 @@ async def open_session(
     Raises:
         ConfigError: an address cannot be listened on, or the data folder is damaged.
     """
+    # one error in one service is that error, for whoever asked for the session
+    with collapse_group():
+        async with _opened(node, membership) as session:
+            yield session
+
+
+@asynccontextmanager
+async def _opened(
+    node: SessionOwner, membership: MeshMembership
+) -> AsyncIterator[Session]:
     async with AsyncExitStack() as stack:
         session = await _open(stack, node, membership)
         nursery = await stack.enter_async_context(trio.open_nursery())
