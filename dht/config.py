@@ -28,10 +28,13 @@ class ContentConfig(
     """A download that gets no block for so long fails; what it has is kept."""
     search_interval_seconds: Seconds = 10.0
     """How often a download looks for more providers and asks what partial ones hold."""
-    source_attempts: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
-    """Connections tried to one peer in a row without getting a block."""
+    holders_wait_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
+    """While every known holder is out of reach (an uplink changed, a router restarts),
+    a download waits this long for one to come back, then fails; 0 does not wait."""
     source_retry_seconds: Seconds = 0.5
     """Wait before the next connection to a peer that broke off; doubles."""
+    source_retry_max_seconds: Seconds = 2.0
+    """Longest of these waits."""
     manifest_stagger_seconds: Seconds = 1.0
     """Wait for one peer's manifest before the next peer is asked as well."""
     republish_seconds: Seconds = 3600.0

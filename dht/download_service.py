@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 
 import trio
 
@@ -21,13 +23,16 @@ from fabric.core.errors import (
     RemoteRefused,
     Unavailable,
 )
-from fabric.core.ids import PeerId
+from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import PROTOCOL_ERRORS, RECEIVED_BYTES, Counters
 from fabric.net.paths_api import BulkPaths
 from fabric.net.ports import PROTOCOL_OFFER, Gate
 from fabric.net.routing_api import ContentRouting
 from fabric.net.rpc_api import Rpc
 
+log = logging.getLogger(__name__)
+
+_MAX_DOUBLINGS = 8
 BAD_BLOCKS = "content_bad_blocks_total"
 
 
@@ -47,6 +52,24 @@ class ContentNet:
 
 Search = Callable[[], Awaitable[Iterable[PeerId]]]
 """Returns the peers said to hold the content now; bounded in time by itself."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a download is.
+
+    Attributes:
+        num_held: Blocks that are here.
+        num_blocks: Of so many.
+        num_sources: Peers that blocks are asked of now.
+        waited_seconds: For how long every holder has been out of reach; 0 while one is
+            there.
+    """
+
+    num_held: int
+    num_blocks: int
+    num_sources: int
+    waited_seconds: float
 
 
 class Download:
@@ -77,9 +100,14 @@ class Download:
         self._config = config
         self._counters = counters
         self._active: set[PeerId] = set()
-        self._given_up: set[PeerId] = set()
+        self._banned: set[PeerId] = set()
         self._empty: set[PeerId] = set()
-        """Held nothing for us when asked since the last regular search."""
+        """Had nothing for us, or refused us, since the last regular search."""
+        self._away: dict[PeerId, float] = {}
+        """Out of reach, and when to try again."""
+        self._failures: Counter[PeerId] = Counter()
+        """Connections in a row that brought no block."""
+        self._alone_since: float | None = None
         self._received: Counter[PeerId] = Counter()
         self._changed = trio.Event()
         self._progress_at = trio.current_time()
@@ -101,59 +129,108 @@ class Download:
                 now = trio.current_time()
                 if self._swarm.on_timeout(now):
                     self._wake()
-                if now - self._progress_at >= self._config.stall_timeout_seconds:
-                    raise self._incomplete("its sources are silent")
-                if self._swarm.done or (self._active and now < search_at):
+                self._check_patience(now)
+                self._start(nursery, [p for p, at in self._away.items() if at <= now])
+                waiting = bool(self._active or self._away) and now < search_at
+                if self._swarm.done or waiting:
                     continue
                 if now >= search_at:
                     self._empty.clear()
                 self._start(nursery, await self._search())
                 search_at = trio.current_time() + self._config.search_interval_seconds
-                if not self._active:
+                if not (self._active or self._away):
                     raise self._incomplete("no reachable peer holds the rest")
             nursery.cancel_scope.cancel()
 
+    def progress(self) -> Progress:
+        """Return how far it is now."""
+        waited = 0.0
+        if self._alone_since is not None:
+            waited = trio.current_time() - self._alone_since
+        return Progress(
+            self._swarm.num_held,
+            self._swarm.num_blocks,
+            len(self._swarm.peers),
+            waited,
+        )
+
+    def _check_patience(self, now: float) -> None:
+        """Fail when the sources, or their absence, have lasted too long.
+
+        Raises:
+            Unavailable: no block came for too long.
+        """
+        if now - self._progress_at >= self._config.stall_timeout_seconds:
+            raise self._incomplete("its sources are silent")
+        if self._swarm.peers or self._swarm.done:
+            self._alone_since = None
+            return
+        if self._alone_since is None:
+            self._alone_since = now
+        if self._away and now >= self._patience_ends():
+            raise self._incomplete("no reachable peer holds the rest")
+
+    def _patience_ends(self) -> float:
+        since = self._alone_since
+        return inf if since is None else since + self._config.holders_wait_seconds
+
     async def _wait_until(self, search_at: float) -> None:
-        stall_at = self._progress_at + self._config.stall_timeout_seconds
         silent_at = self._swarm.next_timeout()
-        deadlines = [search_at, stall_at, *([] if silent_at is None else [silent_at])]
+        deadlines = [
+            search_at,
+            self._progress_at + self._config.stall_timeout_seconds,
+            inf if silent_at is None else silent_at,
+            self._patience_ends(),
+        ]
+        if len(self._active) < self._config.max_sources:
+            deadlines += self._away.values()
         changed = self._changed
         with trio.move_on_at(min(deadlines)):
-            if self._active:
+            if self._active or self._away:
                 await changed.wait()
 
     def _start(self, nursery: trio.Nursery, peers: Iterable[PeerId]) -> None:
+        now = trio.current_time()
         for peer in peers:
             room = len(self._active) < self._config.max_sources
-            new = peer not in self._active | self._given_up | self._empty
-            if room and new and self._net.admits(peer):
+            new = peer not in self._active | self._banned | self._empty
+            due = self._away.get(peer, now) <= now
+            if room and new and due and self._net.admits(peer):
+                self._away.pop(peer, None)
                 self._active.add(peer)
                 nursery.start_soon(self._source, peer)
 
     async def _source(self, peer: PeerId) -> None:
-        """Use ``peer`` until it has nothing for us, misbehaves or stays away."""
-        failures = 0
+        """Use ``peer`` until it has nothing for us, misbehaves or is out of reach."""
+        before = self._received[peer]
         try:
-            while failures < self._config.source_attempts:
-                before = self._received[peer]
-                try:
-                    await self._use(peer)
-                except Unavailable:
-                    failures = failures + 1 if self._received[peer] == before else 1
-                    wait = self._config.source_retry_seconds * 2**failures
-                    await trio.sleep(wait)
-                else:
-                    self._empty.add(peer)
-                    return
-            self._given_up.add(peer)
+            await self._use(peer)
+            self._empty.add(peer)
+        except Unavailable as exc:
+            self._note_away(peer, exc, got_some=self._received[peer] > before)
         except RemoteRefused:
-            self._given_up.add(peer)
+            self._empty.add(peer)
         except (RemoteProtocolError, IntegrityError):
             self._counters.add(PROTOCOL_ERRORS, label="dht")
-            self._given_up.add(peer)
+            self._banned.add(peer)
         finally:
             self._active.discard(peer)
             self._wake()
+
+    def _note_away(self, peer: PeerId, why: Unavailable, *, got_some: bool) -> None:
+        self._failures[peer] = 1 if got_some else self._failures[peer] + 1
+        doublings = min(self._failures[peer] - 1, _MAX_DOUBLINGS)
+        wait = self._config.source_retry_seconds * 2**doublings
+        longest = self._config.source_retry_max_seconds
+        self._away[peer] = trio.current_time() + min(wait, longest)
+        log.info(
+            "content.away root=%s peer=%s held=%d/%d reason=%s",
+            self._partial.root[:12],
+            short(peer),
+            self._swarm.num_held,
+            self._swarm.num_blocks,
+            why.reason,
+        )
 
     async def _use(self, peer: PeerId) -> None:
         have = await self._ask_have(peer)

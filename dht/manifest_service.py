@@ -19,6 +19,10 @@ from fabric.core.ids import BlobId, PeerId
 from fabric.net.rpc_api import Rpc
 
 
+class HoldersAway(Unavailable):
+    """Nobody has it of those who answered, and others could not be asked: wait."""
+
+
 async def fetch_manifest(
     rpc: Rpc, root: BlobId, peers: Sequence[PeerId], config: ContentConfig
 ) -> bytes:
@@ -31,6 +35,7 @@ async def fetch_manifest(
         IntegrityError: a peer answered with another content's manifest, and nobody
             with the right one.
         RemoteProtocolError: likewise, with a malformed or oversized answer.
+        HoldersAway: nobody who answered has it, and some could not be asked.
         Unavailable: nobody has it.
     """
     good: list[bytes] = []
@@ -56,11 +61,16 @@ async def fetch_manifest(
         for error in errors:
             if isinstance(error, kind):
                 raise error
-    raise Unavailable(
+    away = any(not isinstance(error, _NotThere) for error in errors)
+    raise (HoldersAway if away else Unavailable)(
         f"none of {len(peers)} peers has the manifest of {root[:12]}",
         code="E_NO_CONTENT",
         next_step="see with `fabric status` whether its holders are connected",
     )
+
+
+class _NotThere(Unavailable):
+    """A peer answered that it does not hold it."""
 
 
 async def _ask(rpc: Rpc, root: BlobId, peer: PeerId, timeout_seconds: float) -> bytes:
@@ -71,6 +81,6 @@ async def _ask(rpc: Rpc, root: BlobId, peer: PeerId, timeout_seconds: float) -> 
         raise Unavailable("no answer to content.manifest") from exc
     reply = CODEC.decode_untrusted(raw)
     if not isinstance(reply, Manifest):
-        raise Unavailable("the peer does not hold the manifest")
+        raise _NotThere("the peer does not hold the manifest")
     decode_manifest_untrusted(reply.raw, root)
     return reply.raw

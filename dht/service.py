@@ -11,9 +11,9 @@ import trio
 from dht import bitmap
 from dht.blobs import BlobStore
 from dht.config import ContentConfig
-from dht.download_service import ContentNet, Download
+from dht.download_service import ContentNet, Download, Progress, Search
 from dht.manifest import BlobManifest, decode_manifest_untrusted
-from dht.manifest_service import fetch_manifest
+from dht.manifest_service import HoldersAway, fetch_manifest
 from dht.messages import (
     BULK_SERVICE,
     CODEC,
@@ -61,6 +61,7 @@ class ContentService:
         self._announcing = trio.Lock()
         self._added = trio.Event()
         self._fetching: dict[BlobId, trio.Event] = {}
+        self._downloads: dict[BlobId, Download] = {}
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -110,9 +111,10 @@ class ContentService:
 
         Bound it with ``trio.fail_after`` at the call site. Cancelled or failed: what
         arrived is kept and not fetched again. Two fetches of one root share one.
+        Holders out of reach are waited for, ``config.holders_wait_seconds``.
 
         Raises:
-            Unavailable: no reachable peer holds all of it.
+            Unavailable: no reachable peer holds all of it (E_NO_CONTENT).
             IntegrityError: every peer's manifest is another content's.
             ResourceExhausted: no room; see its next step.
         """
@@ -132,12 +134,17 @@ class ContentService:
         self._added.set()
         return root
 
+    def progress(self, root: BlobId) -> Progress | None:
+        """Return how far the fetch of ``root`` is, or None when no block is fetched."""
+        download = self._downloads.get(root)
+        return None if download is None else download.progress()
+
     async def _download(self, root: BlobId, given: tuple[PeerId, ...]) -> None:
         async def search() -> list[PeerId]:
             return await self._find(root, given)
 
+        manifest = await self._manifest(root, search)
         found = await search()
-        manifest = await self._manifest(root, found)
         partial = await trio.to_thread.run_sync(
             self._blobs.open_partial, root, manifest
         )
@@ -152,16 +159,27 @@ class ContentService:
             download = Download(
                 self._net, partial, swarm, search, self._config, self._counters
             )
+            self._downloads[root] = download
             await download.run(found)
             await trio.to_thread.run_sync(self._blobs.finish, partial)
         finally:
+            self._downloads.pop(root, None)
             self._blobs.release(partial)
 
-    async def _manifest(self, root: BlobId, peers: list[PeerId]) -> BlobManifest:
+    async def _manifest(self, root: BlobId, search: Search) -> BlobManifest:
         with suppress(Unavailable):  # left by an interrupted fetch
             return await trio.to_thread.run_sync(self._blobs.manifest, root)
-        raw = await fetch_manifest(self._net.rpc, root, peers, self._config)
-        return decode_manifest_untrusted(raw, root)
+        give_up_at = trio.current_time() + self._config.holders_wait_seconds
+        while True:
+            peers = list(await search())
+            try:
+                raw = await fetch_manifest(self._net.rpc, root, peers, self._config)
+            except HoldersAway:
+                if trio.current_time() >= give_up_at:
+                    raise
+                await trio.sleep(self._config.source_retry_seconds)
+            else:
+                return decode_manifest_untrusted(raw, root)
 
     async def _find(self, root: BlobId, given: Iterable[PeerId]) -> list[PeerId]:
         found: tuple[PeerId, ...] = ()

@@ -36,6 +36,7 @@ from fabric.app.checkpoint_flow import CheckpointFlow
 from fabric.app.clock import serve_clock
 from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector, RedialingConnector
+from fabric.app.doubts import Doubts
 from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
 from fabric.app.last_ports import LastPorts, load_ports, port_of, save_ports, settle
@@ -51,7 +52,7 @@ from fabric.app.roster import (
 from fabric.app.serving import Serving
 from fabric.app.session import HELLO, Session
 from fabric.app.session_gate import LateAuthority, LateRank, SessionGate
-from fabric.app.session_keepers import check_lost, close_refused, refresh_record
+from fabric.app.session_keepers import close_refused, refresh_record
 from fabric.app.traversal import MeshKnowledge, TraversalReport
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
@@ -117,7 +118,7 @@ async def _opened(
         await nursery.start(session.serving.run)
         nursery.start_soon(close_refused, session)
         nursery.start_soon(refresh_record, session)
-        nursery.start_soon(check_lost, session, nursery)
+        nursery.start_soon(session.doubts.run)
         nursery.start_soon(
             publish_links,
             session.probe,
@@ -272,6 +273,7 @@ async def _open(
     probe = await enter(
         open_link_probe(config.nat.probe, own, bulk, senses, counters, Random())
     )
+    doubts = Doubts(host, rpc, plane, lambda peer: nat.puncher.forget(peer))
     knowledge = MeshKnowledge(own, membership, store, book, rpc, config.nat)
     nat = await enter(
         open_traversal(
@@ -286,7 +288,7 @@ async def _open(
                 DialBack(config.host),
                 counters,
             ),
-            knowledge.needs(connector, plane),
+            knowledge.needs(connector, plane, doubts),
             config.host.announce,
         )
     )
@@ -312,6 +314,7 @@ async def _open(
         book,
         peers_file,
         connector,
+        doubts,
         TraversalReport(nat, probe, config.nat),
         probe,
         _next_incarnation(folder / "incarnation"),

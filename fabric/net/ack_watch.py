@@ -16,16 +16,16 @@ _UNANSWERED_PROBES = 2
 
 
 class AckWatch:
-    """Watches one connection, looked at about every second."""
+    """Watches one connection, looked at several times a second."""
 
     def __init__(self) -> None:
         self._since: float | None = None  # when something waited and none was answered
 
-    def dead(self, info: TcpInfo, now: float) -> bool:
-        """Return whether the peer has been silent for :data:`SILENT_SECONDS`."""
+    def dead(self, info: TcpInfo, now: float, limit: float = SILENT_SECONDS) -> bool:
+        """Return whether the peer has been silent for ``limit`` seconds."""
         if info.unacked == 0 and info.probes < _UNANSWERED_PROBES:
             self._since = None
             return False
         since = now if self._since is None else self._since
         self._since = max(since, now - info.last_ack_milliseconds / 1000)
-        return now - self._since >= SILENT_SECONDS
+        return now - self._since >= limit

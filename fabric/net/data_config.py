@@ -18,6 +18,9 @@ class RpcConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A ping is sent this often; its answer measures the round-trip time."""
     dead_after_seconds: float = 5.0
     """A connection on which nothing arrived for this long is broken."""
+    doubt_seconds: float = 2.0
+    """A peer that is asked whether it is there, because something says that the path is
+    dead, must answer within this, or within four round trips."""
     drain_seconds: float = 2.0
     """A superseded connection is closed after this long without a call."""
     max_queued_bytes: int = 32 << 20

@@ -96,10 +96,27 @@ class Connections:
         )
 
     def of(self, peer: PeerId) -> list[INetConn]:
-        """Return the live connections with ``peer``: relays last, then newest first."""
+        """Return the live connections with ``peer``, best first.
+
+        Those that may be dead are last, before them the relayed, each newest first.
+        """
         found = self._swarm.get_connections(ID.from_base58(peer))
         newest_first = [conn for conn in reversed(found) if is_live(conn)]
-        return sorted(newest_first, key=lambda conn: self.info(conn).kind == "relay")
+        return sorted(
+            newest_first,
+            key=lambda c: (c.muxed_conn.pulse.in_doubt, self.info(c).kind == "relay"),
+        )
+
+    def doubt(self, peer: PeerId, newest: int = 0) -> None:
+        """Have the connections with ``peer`` but the newest show that they are alive.
+
+        Args:
+            peer: Who.
+            newest: How many of the newest are spared.
+        """
+        found = self._swarm.get_connections(ID.from_base58(peer))
+        for connection in found[: len(found) - newest]:
+            connection.muxed_conn.pulse.doubt()
 
     def info(self, connection: INetConn) -> ConnectionInfo:
         """Return how ``connection`` came about."""

@@ -184,6 +184,15 @@ class Libp2pHost:
         """Return the live connections with ``peer``, best first."""
         return tuple(self.links.info(found) for found in self.links.of(peer))
 
+    def doubt(self, peer: PeerId | None = None) -> None:
+        """Have the connections with ``peer`` (None: all) show that they are alive.
+
+        One that does not answer within ``libp2p_pulse.DOUBT_SECONDS`` ends; until it
+        answers, streams are opened on others if there are any.
+        """
+        for each in self.connected() if peer is None else (peer,):
+            self.links.doubt(each)
+
     async def close_connections(self, peer: PeerId, kind: ConnectionKind) -> None:
         """Close the connections of one kind with ``peer``."""
         await self.links.close(peer, kind)
@@ -209,7 +218,9 @@ class Libp2pHost:
         except BaseException as exc:
             reset(stream)
             if isinstance(exc, trio.TooSlowError):
-                raise PeerTimeout(f"{short(peer)} did not answer to {protocol}") from exc
+                raise PeerTimeout(
+                    f"{short(peer)} did not answer to {protocol}"
+                ) from exc
             raise
 
     async def _negotiate(
@@ -276,10 +287,15 @@ class Libp2pHost:
     # connection events
 
     def note_connected(self, peer: PeerId) -> None:
-        """Tell listeners of the first connection with ``peer``."""
+        """Tell listeners of the first connection with ``peer``.
+
+        A peer that connects once more may have lost the others, which say nothing.
+        """
         if peer not in self._live:
             self._live.add(peer)
             self._publish(PeerConnected(peer))
+        else:
+            self.links.doubt(peer, newest=1)
 
     def note_disconnected(self, peer: PeerId, reason: str) -> None:
         """Tell listeners when the last connection with ``peer`` is gone."""

@@ -30,6 +30,7 @@ from libp2p.stream_muxer.exceptions import (
 from multiaddr import Multiaddr
 
 from fabric.core.errors import RemoteProtocolError, ResourceExhausted
+from fabric.net.libp2p_pulse import Pulse
 from fabric.net.libp2p_session import FabricSession
 from fabric.net.yamux import StreamState, YamuxSession
 
@@ -194,12 +195,18 @@ class FabricMuxer(IMuxedConn):
         self.drained = trio.lowlevel.ParkingLot()
         self.why_reset = "the peer reset the stream"
         self._output_ready = trio.lowlevel.ParkingLot()
-        self._received = trio.lowlevel.ParkingLot()
         self._streams: dict[StreamState, FabricStream] = {}
         # as many as may be live: the swarm takes them at once, so it never fills
         self._accept_send, self._accept_receive = trio.open_memory_channel[
             FabricStream
         ](limits.max_streams)
+        self.pulse = Pulse(
+            self.session,
+            limits.keepalive_seconds,
+            limits.dead_after_seconds,
+            swept=self._dispatch,
+            kick=self.kick,
+        )
         self._scope = trio.CancelScope()
         self._closed = trio.Event()
         self._flushed = trio.Event()
@@ -232,7 +239,7 @@ class FabricMuxer(IMuxedConn):
                 if not data:
                     break
                 self.session.receive(data)
-                self._received.unpark_all()
+                self.pulse.on_received()
                 self._dispatch()
         except (BaseLibp2pError, RawConnError) as exc:
             self._end(f"the connection broke: {exc or type(exc).__name__}")
@@ -273,23 +280,7 @@ class FabricMuxer(IMuxedConn):
             self._end(f"the connection broke: {exc or type(exc).__name__}")
 
     async def _keep_alive(self) -> None:
-        nonce = 0
-        while True:
-            seen = self.session.frames_received
-            await trio.sleep(self.limits.keepalive_seconds)
-            self.session.sweep(trio.current_time())
-            self._dispatch()
-            if self.session.frames_received != seen:
-                continue
-            nonce += 1
-            self.session.ping(nonce)
-            self.kick()
-            with trio.move_on_after(self.limits.dead_after_seconds) as scope:
-                await self._received.park()
-            if scope.cancelled_caught:
-                silent = self.limits.keepalive_seconds + self.limits.dead_after_seconds
-                self._end(f"the peer was silent for {silent:.0f} s")
-                return
+        self._end(await self.pulse.run())
 
     def kick(self) -> None:
         """Wake the writer if there is something to send."""

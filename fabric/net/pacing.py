@@ -19,11 +19,11 @@ import msgspec
 import trio
 
 from fabric.core.ids import PeerId, short
-from fabric.net.ack_watch import AckWatch
+from fabric.net.ack_watch import SILENT_SECONDS, AckWatch
 from fabric.net.budget_config import BudgetConfig
 from fabric.net.rate_book import RateBook, Use
 from fabric.net.socket_holders import Holders
-from fabric.net.socket_options import set_liveness
+from fabric.net.socket_options import set_doubt, set_liveness
 from fabric.net.tcp_info import TcpInfo, is_tcp, set_pacing, tcp_info
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,10 @@ HOLDER_SECONDS = 0.5
 """A killed worker's peers learn of it within this."""
 TRAVEL_SECONDS = 10.0
 """A socket on its way to a worker is in nobody's table until the worker takes it."""
+DOUBT_SECONDS = 8.0
+"""For how long the sockets of a peer are watched sharply, those made meanwhile too."""
+DOUBTED_SILENT_SECONDS = 2.0
+"""Nothing acknowledged for so long is death when the path is in doubt."""
 _SMOOTHING = 0.5
 _SAME_RATE = 0.01
 """A change of less is not worth a system call."""
@@ -72,6 +76,7 @@ class SocketHandle:
         self.paced: float = math.inf
         self.arrived = False
         self.shared_at: float | None = None
+        self.doubted = False
         self._registry = registry
 
     def release(self) -> None:
@@ -110,6 +115,7 @@ class SocketRegistry:
         self._handles: dict[SocketHandle, None] = {}
         self._holders = Holders()
         self._next_count = 0.0
+        self._doubted_until: dict[PeerId, float] = {}
 
     @property
     def config(self) -> BudgetConfig:
@@ -148,6 +154,7 @@ class SocketRegistry:
         if leaves:
             handle.copy = sock.dup()
         self._handles[handle] = None
+        self._watch(handle, sock)
         self._book.add(handle, peer)
         self._pace(handle, self._first_rate())
         return handle
@@ -177,6 +184,17 @@ class SocketRegistry:
                 _cut(sock)
             self._forget(handle)
         return cut
+
+    def doubt(self, peer: PeerId, now: float) -> None:
+        """Find out soon which sockets with ``peer`` are dead: the path may be.
+
+        The kernels tell: a peer that is slow or stopped still acknowledges.
+        """
+        self._doubted_until[peer] = now + DOUBT_SECONDS
+        for handle in [h for h in self._handles if h.peer == peer]:
+            with handle.borrowed() as sock:
+                if sock is not None:
+                    self._watch(handle, sock)
 
     def traffic(self) -> dict[PeerId, PeerTraffic]:
         """Return what each connected peer moves."""
@@ -209,6 +227,8 @@ class SocketRegistry:
 
     def look(self, now: float) -> None:
         """Measure every socket, drop those that are gone, and set the rates."""
+        for peer in [p for p, until in self._doubted_until.items() if until <= now]:
+            del self._doubted_until[peer]
         for handle in list(self._handles):
             with handle.borrowed() as sock:
                 if sock is None or not self._measured(handle, sock, now):
@@ -227,7 +247,9 @@ class SocketRegistry:
         info = tcp_info(sock)
         if info.closed:
             return handle.copy is None  # ours to keep on the books until it is closed
-        if handle.watch.dead(info, now):
+        self._watch(handle, sock)
+        limit = DOUBTED_SILENT_SECONDS if handle.doubted else SILENT_SECONDS
+        if handle.watch.dead(info, now, limit):
             logger.info("data.silent peer=%s kind=%s", short(handle.peer), handle.kind)
             _cut(sock)
             return False
@@ -243,6 +265,13 @@ class SocketRegistry:
         handle.last = (now, info)
         self._book.report(handle, Use(max(up, handle.up), info.notsent_bytes > 0))
         return True
+
+    def _watch(self, handle: SocketHandle, sock: socket.socket) -> None:
+        """Ask sharply while the peer is in doubt, as usual otherwise."""
+        doubted = handle.peer in self._doubted_until
+        if doubted != handle.doubted and is_tcp(sock):
+            handle.doubted = doubted
+            set_doubt(sock, doubted=doubted)
 
     def _drop_copies_nobody_shares(self, now: float) -> None:
         kept = [handle for handle in self._handles if handle.copy is not None]

@@ -1,9 +1,8 @@
 """The RPC service: one connection per peer, handlers for the peers' calls.
 
-When two peers dial each other at once there are two connections for a moment. Both
-sides keep the better path, of two alike the one dialled by the lower PeerId; the other
-is drained, not cut, so no call breaks. That is also how a relayed connection becomes a
-direct one (:meth:`RpcService.upgrade`).
+Of two connections with one peer the better stays and the other is drained, so that no
+call breaks (``rpc_links.py``). That is also how a relayed connection becomes a direct
+one (:meth:`RpcService.upgrade`).
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from fabric.net.ports import (
 from fabric.net.rpc_api import AsyncHandler, Handler
 from fabric.net.rpc_connection import RpcConnection
 from fabric.net.rpc_core import RequestReceived
+from fabric.net.rpc_links import Links
 from fabric.net.tasks import collapse_group
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,7 @@ class RpcService:
         self._counters = counters
         self._inline: dict[str, Handler] = {}
         self._async: dict[str, AsyncHandler] = {}
-        self._live: dict[PeerId, RpcConnection] = {}
-        self._all: set[RpcConnection] = set()  # live and draining
+        self._links = Links()
         self._dials: dict[PeerId, _Dial] = {}
         self._lost: list[trio.MemorySendChannel[PeerId]] = []
         self._nursery: trio.Nursery | None = None
@@ -148,7 +147,7 @@ class RpcService:
             RemoteRefused: the peer declined, with its code, reason and next step.
             ResourceExhausted: too much already waits for this peer.
         """
-        connection = self._live.get(peer)
+        connection = self._links.live(peer)
         if connection is None:
             connection = await self._connect(peer)
         return await connection.call(method, request)
@@ -165,13 +164,29 @@ class RpcService:
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection with ``peer``: the gate's decision changed."""
-        for connection in [c for c in self._all if c.peer == peer]:
+        for connection in [c for c in self._links if c.peer == peer]:
             connection.end(Unavailable("disconnected"))
         await trio.lowlevel.checkpoint()
 
+    def doubt(self, peer: PeerId | None = None) -> None:
+        """Ask ``peer`` (None: all) whether it is there: the path may be dead.
+
+        A connection on which nothing arrives within ``doubt_seconds`` ends.
+        """
+        for connection in self._links:
+            if peer in (None, connection.peer):
+                connection.doubt()
+
+    def silent(self, seconds: float) -> frozenset[PeerId]:
+        """Return the peers whose live connection has brought nothing for so long."""
+        found = {peer: self._links.live(peer) for peer in self._links.peers()}
+        return frozenset(
+            p for p, c in found.items() if c and c.silent_seconds >= seconds
+        )
+
     def connected(self) -> frozenset[PeerId]:
         """Return the peers with a live RPC connection."""
-        return frozenset(self._live)
+        return self._links.peers()
 
     def lost(self) -> trio.MemoryReceiveChannel[PeerId]:
         """Return a new bounded channel of peers whose RPC connection just broke."""
@@ -183,7 +198,7 @@ class RpcService:
 
     def kind(self, peer: PeerId) -> PathKind | None:
         """Return what carries the connection with ``peer``, or None without one."""
-        connection = self._live.get(peer)
+        connection = self._links.live(peer)
         return connection.kind if connection is not None else None
 
     async def upgrade(self, peer: PeerId) -> None:
@@ -203,7 +218,7 @@ class RpcService:
 
     def rtt_seconds(self, peer: PeerId) -> float | None:
         """Return the smoothed round-trip time, or None when unknown."""
-        connection = self._live.get(peer)
+        connection = self._links.live(peer)
         return connection.rtt_seconds if connection is not None else None
 
     async def _connect(self, peer: PeerId) -> RpcConnection:
@@ -218,7 +233,7 @@ class RpcService:
         # The dial belongs to the service: a cancelled caller does not stop it for the
         # others, and its own timeout bounds it.
         await dial.done.wait()
-        if (connection := self._live.get(peer)) is not None:
+        if (connection := self._links.live(peer)) is not None:
             return connection
         if dial.error is not None:
             raise dial.error.with_traceback(None)
@@ -259,21 +274,14 @@ class RpcService:
         self, peer: PeerId, stream: trio.abc.Stream, initiator: PeerId, kind: PathKind
     ) -> None:
         self._check_gate(peer)
-        if len(self._all) >= self._config.max_connections:
-            raise ResourceExhausted(f"{len(self._all)} RPC connections")
+        if len(self._links) >= self._config.max_connections:
+            raise ResourceExhausted(f"{len(self._links)} RPC connections")
         if self._nursery is None:
             raise LocalProtocolError("the RPC service does not run")
         connection = RpcConnection(
             peer, stream, (initiator, kind), self._config, self._serve, self._counters
         )
-        existing = self._live.get(peer)
-        if existing is None or not _keeps(existing, connection):
-            self._live[peer] = connection
-            if existing is not None:
-                existing.drain()
-        else:
-            connection.drain()
-        self._all.add(connection)
+        self._links.add(connection)
         self._nursery.start_soon(self._run_connection, connection)
 
     async def _run_connection(self, connection: RpcConnection) -> None:
@@ -281,13 +289,11 @@ class RpcService:
         try:
             reason = await connection.run()
         finally:
-            self._all.discard(connection)
-            if self._live.get(peer) is connection:
-                del self._live[peer]
+            self._links.remove(connection)
         if isinstance(reason, RemoteProtocolError):
             self._counters.add(PROTOCOL_ERRORS, label="rpc")
         logger.info("rpc.closed peer=%s reason=%s", short(peer), reason.reason)
-        if peer not in self._live:
+        if self._links.live(peer) is None:
             self._announce_lost(peer)
 
     def _announce_lost(self, peer: PeerId) -> None:
@@ -353,16 +359,3 @@ class RpcService:
         connection.refuse(request.id, FabricError(reason, code="E_BUG"))
         if self._config.raise_bugs:
             raise error
-
-
-def _keeps(existing: RpcConnection, new: RpcConnection) -> bool:
-    """Whether ``existing`` stays when ``new`` joins it: both sides decide alike.
-
-    A relayed one yields to a better one. Of two alike the one dialled by the lower
-    PeerId stays; of two with one initiator the newer: that peer dials again only after
-    it lost the older.
-    """
-    relayed = (existing.kind == "relay", new.kind == "relay")
-    if relayed[0] != relayed[1]:
-        return relayed[1]
-    return existing.initiator < new.initiator

@@ -76,11 +76,22 @@ class RpcConnection:
         self._armed = 0.0
         self._nursery: trio.Nursery | None = None
         self._ended: FabricError | None = None
+        self._on_proof: Callable[[], None] | None = None
 
     @property
     def rtt_seconds(self) -> float | None:
         """Smoothed round-trip time, or None when unknown."""
         return self._core.rtt_seconds
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether another connection replaces this one."""
+        return self._core.is_draining
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing has arrived."""
+        return self._core.silent_seconds(trio.current_time())
 
     async def run(self) -> FabricError:
         """Serve until the connection ends; return why.
@@ -110,6 +121,16 @@ class RpcConnection:
             self._ended = error
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
+
+    def doubt(self, on_proof: Callable[[], None] | None = None) -> None:
+        """Ask the peer whether it is there; without an answer this ends soon.
+
+        Args:
+            on_proof: Called, from the reader, when anything has arrived since.
+        """
+        self._on_proof = on_proof or self._on_proof
+        self._core.doubt(trio.current_time())
+        self._timer.unpark()
 
     def drain(self) -> None:
         """Finish what is open, then close: another connection takes over."""
@@ -212,7 +233,9 @@ class RpcConnection:
             if not data:
                 raise Unavailable("peer closed the connection")
             self._counters.add(RECEIVED_BYTES, len(data), label="rpc")
-            for event in self._core.receive(data, trio.current_time()):
+            events = self._core.receive(data, trio.current_time())
+            self._note_proof()
+            for event in events:
                 match event:
                     case RequestReceived():
                         self._serve(self, event)
@@ -225,6 +248,11 @@ class RpcConnection:
                             scope.cancel()
             if self._core.has_output:
                 self._wake_writer()
+
+    def _note_proof(self) -> None:
+        if self._on_proof is not None:
+            on_proof, self._on_proof = self._on_proof, None
+            on_proof()
 
     async def _write(self) -> None:
         while True:

@@ -26,13 +26,13 @@ import msgspec
 from fabric.core.codec import Codec
 from fabric.core.errors import (
     FabricError,
-    PeerTimeout,
     RemoteProtocolError,
     RemoteRefused,
     ResourceExhausted,
 )
 from fabric.net.data_config import RpcConfig
 from fabric.net.rpc_api import MAX_RPC_BYTES
+from fabric.net.rpc_liveness import Liveness
 
 MAX_METHOD_BYTES = 64
 """Longest method name."""
@@ -42,7 +42,6 @@ _REQUEST = struct.Struct(">IB")
 _MAX_LENGTH = _AFTER_LENGTH + _REQUEST.size + MAX_METHOD_BYTES + MAX_RPC_BYTES
 _MAX_ID = 2**32 - 1
 _MAX_TIMEOUT_MS = 2**32 - 1
-_RTT_GAIN = 1 / 8  # RFC 6298, section 2
 
 
 class Kind(enum.IntEnum):
@@ -124,20 +123,37 @@ class RpcCore:
         self._open: set[int] = set()  # our calls without an answer
         self._serving: set[int] = set()  # the peer's calls without an answer
         self._deadlines: list[tuple[float, int]] = []
-        self._last_received = now
         self._last_call = now
-        self._next_ping = now
-        self._ping_id = 0
-        self._ping_sent: float | None = None
-        self._stalled_since: float | None = None  # bytes wait and none left since
+        self._liveness = Liveness(config, now)
         self._draining = False
-        self.rtt_seconds: float | None = None
-        """Smoothed round-trip time, or None before the first answer to a ping."""
 
     @property
     def has_output(self) -> bool:
         """Whether :meth:`take_output` would return bytes."""
         return bool(self._output)
+
+    @property
+    def rtt_seconds(self) -> float | None:
+        """Smoothed round-trip time, or None before the first answer to a ping."""
+        return self._liveness.rtt_seconds
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the peer was asked if it is there and has not answered yet."""
+        return self._liveness.in_doubt
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether another connection replaces this one."""
+        return self._draining
+
+    def silent_seconds(self, now: float) -> float:
+        """Return how long nothing has arrived."""
+        return self._liveness.silent_seconds(now)
+
+    def doubt(self, now: float) -> None:
+        """Ask the peer whether it is there; it must answer soon."""
+        self._liveness.doubt(now)
 
     def request(self, method: str, payload: bytes, deadline: float, now: float) -> int:
         """Queue a call and return its id, which is open until ``deadline``.
@@ -203,7 +219,7 @@ class RpcCore:
     def on_sent(self, count: int) -> None:
         """Note that ``count`` bytes left."""
         self._queued_bytes -= count
-        self._stalled_since = None
+        self._liveness.on_sent()
 
     def receive(self, data: bytes | bytearray, now: float) -> list[Event]:
         """Return what the peer's ``data`` completes; pings are answered here.
@@ -211,7 +227,7 @@ class RpcCore:
         Raises:
             RemoteProtocolError: a frame is oversized or malformed; close.
         """
-        self._last_received = now
+        self._liveness.on_received(now)
         self._buffer += data
         events: list[Event] = []
         at = 0
@@ -246,29 +262,20 @@ class RpcCore:
         """Return when :meth:`on_timeout` has something to do."""
         while self._deadlines and self._deadlines[0][1] not in self._open:
             heapq.heappop(self._deadlines)  # answered in time
-        due = min(
-            self._next_ping, self._last_received + self._config.dead_after_seconds
-        )
+        due = self._liveness.next_timeout()
         return min(due, self._deadlines[0][0]) if self._deadlines else due
 
     def on_timeout(self, now: float) -> list[int]:
         """Return our calls that expired; queue a ping when it is time for one.
 
         Raises:
-            PeerTimeout: the peer sent nothing, or took nothing, for
-                ``dead_after_seconds``; close.
+            PeerTimeout: the peer sent nothing, or took nothing, for too long; close.
         """
         if now - self.next_timeout() > self._config.ping_interval_seconds:
-            # We were not run in time, so the peer's bytes may wait unread: it gets
-            # another interval before it counts as silent.
-            grace = self._config.ping_interval_seconds - self._config.dead_after_seconds
-            self._last_received = max(self._last_received, now + grace)
-        self._check_alive(now)
-        if now >= self._next_ping:
-            self._next_ping = now + self._config.ping_interval_seconds
-            self._ping_id = self._ping_id % _MAX_ID + 1
-            self._ping_sent = now
-            self._queue(Kind.PING, self._ping_id)
+            self._liveness.on_late(now)
+        ping = self._liveness.on_timeout(now, self._queued_bytes)
+        if ping is not None:
+            self._queue(Kind.PING, ping)
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
             call = heapq.heappop(self._deadlines)[1]
@@ -276,19 +283,6 @@ class RpcCore:
                 self.cancel(call)
                 expired.append(call)
         return expired
-
-    def _check_alive(self, now: float) -> None:
-        limit = self._config.dead_after_seconds
-        if now - self._last_received >= limit:
-            raise PeerTimeout(f"peer was silent for {now - self._last_received:.1f} s")
-        if not self._queued_bytes:
-            return
-        if self._stalled_since is None:
-            self._stalled_since = now
-        elif now - self._stalled_since >= limit:
-            raise PeerTimeout(
-                f"peer took none of {self._queued_bytes} B for {limit:.1f} s"
-            )
 
     def _on_frame_untrusted(
         self, kind: int, call: int, body: memoryview, now: float
@@ -313,7 +307,7 @@ class RpcCore:
                 self._check_room(0)
                 self._queue(Kind.PONG, call)
             case Kind.PONG:
-                self._on_pong(call, now)
+                self._liveness.on_pong(call, now)
             case _:
                 raise RemoteProtocolError(f"frame of unknown kind {kind}")
         return None
@@ -338,16 +332,6 @@ class RpcCore:
         self._serving.add(call)
         self._last_call = now
         return RequestReceived(call, method, bytes(body[start:]), left_ms / 1000)
-
-    def _on_pong(self, ping: int, now: float) -> None:
-        if ping != self._ping_id or self._ping_sent is None:
-            return
-        sample = now - self._ping_sent
-        self._ping_sent = None
-        if self.rtt_seconds is None:
-            self.rtt_seconds = sample
-        else:
-            self.rtt_seconds += _RTT_GAIN * (sample - self.rtt_seconds)
 
     def _queue(
         self, kind: int, call: int, head: bytes = b"", body: bytes = b""

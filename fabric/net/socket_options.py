@@ -24,6 +24,12 @@ DEAD_AFTER_SECONDS = 8.0
 """Any call on a dead connection ends within this: 3 + 4 * 1 s, and a timer's slack."""
 
 
+DOUBTED_IDLE_SECONDS = 1
+DOUBTED_COUNT = 2
+"""The same for a connection whose path may be dead: 1 + 2 * 1 s at most, and less where
+it has been silent for a while already."""
+
+
 class _HasOptions(Protocol):
     @property
     def family(self) -> int: ...
@@ -61,3 +67,19 @@ def set_liveness(sock: _HasOptions, *, patient: bool = False) -> None:
         if option is not None:
             with suppress(OSError):  # a platform may know the name and not the option
                 sock.setsockopt(level, option, value)
+
+
+def set_doubt(sock: socket.socket, *, doubted: bool) -> None:
+    """Have the kernel ask sooner whether the peer is there, or as usual again."""
+    idle = DOUBTED_IDLE_SECONDS if doubted else KEEPALIVE_IDLE_SECONDS
+    count = DOUBTED_COUNT if doubted else KEEPALIVE_COUNT
+    options = (
+        ("TCP_KEEPCNT", count),
+        ("TCP_KEEPIDLE", idle),
+        ("TCP_KEEPALIVE", idle),  # macOS's name
+    )
+    for name, value in options:
+        option = getattr(socket, name, None)
+        if option is not None:
+            with suppress(OSError):  # closed, or no option of this platform
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)

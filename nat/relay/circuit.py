@@ -27,6 +27,8 @@ MAX_LIFE_SECONDS = 3600.0
 """A reservation is renewed within an hour whatever the relay's clock says."""
 MIN_LIFE_SECONDS = 60.0
 """And not more often than once in a while."""
+STEADY_SECONDS = 5.0
+"""A relay that ended a reservation sooner than this is left alone for a while."""
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -59,6 +61,7 @@ class _Relay:
     renew_at: float = 0.0
     announced: tuple[str, ...] = ()
     limit: Limit = UNLIMITED
+    held_since: float = 0.0
 
 
 class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,6 +263,8 @@ class Reservations:
         if not self._wanted:
             return
         life = min(max(life_seconds, MIN_LIFE_SECONDS), MAX_LIFE_SECONDS)
+        if not known.held:
+            known.held_since = now
         known.held, known.limit, known.announced = True, limit, tuple(announced)
         known.renew_at = now + self._config.renew_fraction * life
         known.failures, known.why = 0, ""
@@ -283,13 +288,26 @@ class Reservations:
             del self._relays[relay]
 
     def on_lost(self, relay: PeerId, now: float) -> None:
-        """The connection with ``relay`` is gone, and the reservation with it."""
+        """The connection with ``relay`` is gone, and the reservation with it.
+
+        A relay that had held it for a while is asked again at once: most often it is
+        our own network that changed.
+        """
         known = self._relays.get(relay)
         if known is not None and known.held:
-            busy = known.busy
+            busy, lasted = known.busy, now - known.held_since
             self.on_failed(relay, "the connection with it ended", now)
+            if lasted >= STEADY_SECONDS:
+                known.failures, known.not_before = 0, now
             if relay in self._relays:
                 self._relays[relay].busy = busy  # that attempt will tell by itself
+
+    def network_changed(self, now: float) -> None:
+        """Ask every relay again without delay: what kept it away may be over."""
+        for relay in self._relays.values():
+            relay.failures, relay.not_before = 0, min(relay.not_before, now)
+            if not (relay.held or relay.busy):
+                relay.rtt_seconds = None
 
 
 def _rtt(relay: _Relay) -> float:

@@ -20,6 +20,8 @@ from fabric.net.ports import ALLOWED, Decision
 
 FAST = ContentConfig(
     source_retry_seconds=0.01,
+    source_retry_max_seconds=0.05,
+    holders_wait_seconds=0.2,
     manifest_stagger_seconds=0.2,
     block_timeout_seconds=0.1,
     call_timeout_seconds=2.0,

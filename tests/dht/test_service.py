@@ -218,6 +218,59 @@ async def test_all_sources_die_and_what_arrived_is_kept(mesh):
     assert before in (2 * MIB, MIB + 123)
 
 
+async def test_a_holder_that_is_away_for_a_while_is_waited_for(mesh):
+    (seed,), root = await seeds(mesh, 1)
+    serve, calls, away = seed.bulk[BULK_SERVICE], [], trio.Event()
+    dying(seed, 2)
+    config = msgspec.structs.replace(seed.config, holders_wait_seconds=10)
+    leech = await mesh.join("leech", config)
+    call = leech.call
+
+    async def unreachable(peer, method, request):
+        calls.append(method)
+        if calls.count(METHOD_HAVE) > 1:
+            if calls.count(METHOD_HAVE) == 4:
+                away.set()
+            raise Unavailable("the uplink changed")
+        return await call(peer, method, request)
+
+    leech.call = unreachable
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leech.content.fetch, root, [seed.own])
+            await away.wait()
+            told = leech.content.progress(root)
+            assert (told.num_held, told.num_blocks, told.num_sources) == (2, 9, 0)
+            assert told.waited_seconds > 0
+            leech.call, seed.bulk[BULK_SERVICE] = call, serve
+    assert leech.blobs.has(root)
+    assert received(leech) == len(DATA), "no block was fetched twice"
+    assert leech.content.progress(root) is None
+
+
+async def test_the_manifest_of_a_holder_that_is_away_is_waited_for(mesh):
+    (seed,), root = await seeds(mesh, 1, b"content")
+    handler, calls = seed.handlers.pop(METHOD_MANIFEST), []
+    leech = await mesh.join("leech")
+    with trio.fail_after(10), pytest.raises(Unavailable) as failed:
+        await leech.content.fetch(root, [seed.own])
+    assert failed.value.code == "E_NO_CONTENT"
+    config = msgspec.structs.replace(seed.config, holders_wait_seconds=10)
+    patient = await mesh.join("patient", config)
+    call = patient.call
+
+    async def counted(peer, method, request):
+        calls.append(method)
+        if len(calls) == 3:
+            seed.handlers[METHOD_MANIFEST] = handler
+        return await call(peer, method, request)
+
+    patient.call = counted
+    with trio.fail_after(10):
+        await patient.content.fetch(root, [seed.own])
+    assert patient.blobs.has(root)
+
+
 async def test_cancelled_half_way_leaves_a_resumable_part(mesh):
     (seed,), root = await seeds(mesh, 1)
     handler, sent = seed.bulk[BULK_SERVICE], []

@@ -125,7 +125,7 @@ async def test_rpc_runs_over_mutual_tls():
         assert await nodes[A].rpc.call(B, "x.echo", b"hello") == b"hello"
         assert await nodes[B].rpc.call(A, "x.echo", bytes(1 << 20)) == bytes(1 << 20)
         assert nodes[A].rpc.connected() == {B}
-        stream = nodes[B].rpc._live[A]._stream
+        stream = nodes[B].rpc._links.live(A)._stream
         assert stream.version() == "TLSv1.3"
         await until(lambda: nodes[A].rpc.rtt_seconds(B) is not None)
 

@@ -135,6 +135,38 @@ async def test_a_writer_to_a_dead_peer_is_freed_and_the_connection_ends():
         nursery.cancel_scope.cancel()
 
 
+async def test_a_doubted_connection_answers_or_ends_and_streams_avoid_it():
+    config = HostConfig(listen=(LOOPBACK,))
+    one = open_host(config, Ed25519Signer.generate(), ListGate(), Counters())
+    two = open_host(config, Ed25519Signer.generate(), ListGate(), Counters())
+    async with one as first, two as second, trio.open_nursery() as nursery:
+        first.set_handler(ECHO, echo)
+        second.set_handler(ECHO, echo)
+        proxy = FreezingProxy(int(second.addrs()[0].split("/")[4]))
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
+        port = listener.socket.getsockname()[1]
+        await first.connect(second.peer_id, [f"/ip4/127.0.0.1/tcp/{port}"])
+        with trio.fail_after(10):
+            first.doubt()
+            (connection,) = first.links.of(second.peer_id)
+            while connection.muxed_conn.pulse.in_doubt:  # noqa: ASYNC110  no event
+                await trio.sleep(0.01)
+            assert len(first.connections(second.peer_id)) == 1, "it answered"
+            proxy.frozen = True
+            # the first does not know yet; the second has lost it and dials anew
+            await second.close_connections(first.peer_id, "direct")
+            await second.connect(first.peer_id, first.addrs())
+            while len(first.connections(second.peer_id)) < 2:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            async with await first.open_stream(second.peer_id, ECHO) as stream:
+                await stream.send_all(b"on the new one")
+                assert await stream.receive_some() == b"on the new one"
+            while len(first.connections(second.peer_id)) > 1:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+
+
 async def test_cancelling_a_writer_leaves_the_stream_usable_for_reset():
     async with connected_pair() as (one, two):
         two.set_handler("/fabric/slow/1", Stalling())

@@ -15,7 +15,7 @@ import trio
 from fabric.core.errors import ResourceExhausted
 from fabric.net.ack_watch import SILENT_SECONDS, AckWatch
 from fabric.net.budget_config import BudgetConfig
-from fabric.net.pacing import TRAVEL_SECONDS, SocketRegistry
+from fabric.net.pacing import DOUBT_SECONDS, TRAVEL_SECONDS, SocketRegistry
 from fabric.net.socket_options import set_liveness
 from fabric.net.tcp_info import TcpInfo, tcp_info
 from tests.net.shaped_link import needs_namespaces, veth_link
@@ -145,6 +145,45 @@ class TestVeth:
                     nursery.cancel_scope.cancel()
                 assert tcp_info(slow_near[0]).state == 1
                 assert tcp_info(silent[0]).state != 1
+
+    @pytest.mark.parametrize("sends", [True, False])
+    async def test_a_doubted_path_is_found_dead_soon_and_a_live_one_stays(self, sends):
+        registry = SocketRegistry(BudgetConfig())
+        with veth_link() as link:
+            dead, near = link.pair(), tcp_pair()
+            with closed(*dead, *near):
+                for sock in (dead[0], near[0]):
+                    registry.add(sock, "peer", "direct")
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(registry.run)
+                    link.black_hole()
+                    if sends:
+                        send_in_thread(dead[0])
+                    registry.doubt("peer", trio.current_time())
+                    with trio.fail_after(4.0):
+                        while tcp_info(dead[0]).state == 1:
+                            await until_elapsed(0.1)
+                    nursery.cancel_scope.cancel()
+                assert tcp_info(near[0]).state == 1
+
+
+def test_a_doubt_passes():
+    registry = SocketRegistry(BudgetConfig())
+    pair = tcp_pair()
+
+    def keepalive():
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPCNT)
+        return [pair[0].getsockopt(socket.IPPROTO_TCP, name) for name in names]
+
+    with closed(*pair):
+        registry.add(pair[0], "peer", "direct")
+        usual = keepalive()
+        registry.doubt("peer", 0.0)
+        assert keepalive() < usual
+        registry.look(DOUBT_SECONDS - 0.1)
+        assert keepalive() < usual
+        registry.look(DOUBT_SECONDS)
+        assert keepalive() == usual
 
 
 @pytest.mark.slow

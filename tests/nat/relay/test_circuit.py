@@ -196,10 +196,24 @@ def test_a_relay_that_served_well_is_soon_asked_again():
     world.full.clear()
     world.run(1000)
     world.reservations.on_lost("a", 1000)
-    world.run(1004)
-    assert world.held == set()
-    world.run(1006)
+    world.run(1000.5)  # most often our own network changed
     assert world.held == {"a"}
+    world.reservations.on_lost("a", 1001)
+    world.run(1005)  # it did not keep its word for long
+    assert world.held == set()
+    world.run(1007)
+    assert world.held == {"a"}
+
+
+def test_a_changed_network_makes_every_wait_void():
+    world = World({"a": 0.01, "b": 0.02})
+    world.full |= {"a", "b"}
+    world.run(200)
+    world.full.clear()
+    assert world.held == set()
+    world.reservations.network_changed(200)
+    world.run(201)
+    assert world.held == {"a", "b"}
 
 
 def test_what_is_granted_when_it_is_wanted_no_more_is_not_held():
