@@ -27,6 +27,7 @@ from crdt_store.grants import GRANT_PREFIX, REDEMPTION_PREFIX, Mesh
 from crdt_store.intake_service import Intake
 from crdt_store.job_views import Assignments, Jobs
 from crdt_store.link_views import Links
+from crdt_store.liveness.service import make_liveness
 from crdt_store.membership import Membership
 from crdt_store.replica import Replica
 from crdt_store.storage import Promise, SqliteStorage, Storage, lock_data_folder
@@ -60,6 +61,7 @@ class Store:
         mesh: Name and root key.
         authority: Roles and membership at the present moment.
         admin: Invites, grants and revocations.
+        liveness: Who is there now; from probes, never stored.
         members, jobs, assignments, heads, placements, links, verdicts: Typed tables.
     """
 
@@ -74,6 +76,7 @@ class Store:
         clock: Callable[[], float],
         counters: Counters,
         rng: random.Random,
+        incarnation: int = 0,
     ) -> None:
         self.mesh = replica.mesh
         self.authority = Membership(replica.authority, clock)
@@ -116,6 +119,22 @@ class Store:
             self.mesh, replica.slots, replica.authority, signer, self.put, clock
         )
         self._make_views()
+        self.liveness = make_liveness(
+            config.liveness,
+            signer,
+            self.mesh.id,
+            rpc,
+            self._present_members,
+            self._watchers,
+            counters,
+            rng,
+            incarnation,
+        )
+        self.members.ghosts = self.liveness.dead
+
+    def _present_members(self) -> frozenset[PeerId]:
+        found = {entry.peer for entry in self._replica.slots.under("m/")}
+        return (self.authority.members() & found) - self.members.left()
 
     def _make_views(self) -> None:
         slots, me = self._replica.slots, self._signer.peer_id
@@ -277,6 +296,7 @@ class Store:
             nursery.start_soon(self._gossip.run_receive, self._pushes)
             nursery.start_soon(self._reconciler.run)
             nursery.start_soon(self._run_later)
+            nursery.start_soon(self.liveness.run)
             nursery.start_soon(self._run_expiry)
             task_status.started()
 
@@ -300,6 +320,7 @@ async def open_store(
     *,
     storage: Storage | None = None,
     rng: random.Random | None = None,
+    incarnation: int = 0,
 ) -> AsyncIterator[Store]:
     """Open the store in ``directory`` and run it until the block is left.
 
@@ -315,7 +336,8 @@ async def open_store(
         clock: Wall seconds.
         counters: Of the process.
         storage: Instead of SQLite in ``directory`` (then unused).
-        rng: Chooses reconciliation partners.
+        rng: Chooses reconciliation partners and whom to probe.
+        incarnation: Starts of this peer in this mesh, this one included.
 
     Raises:
         ConfigError: the directory is in use or not writable.
@@ -339,6 +361,7 @@ async def open_store(
             clock,
             counters,
             rng or random.Random(signer.public_key),
+            incarnation,
         )
         with collapse_group():
             async with trio.open_nursery() as nursery:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Annotated, Generic, Protocol, TypeVar
 
 import msgspec
@@ -150,6 +150,8 @@ class Members(View):
     """One record per member, written by it; TTL 24 h, refresh every 6 h."""
 
     table = "m"
+    ghosts: Callable[[], Collection[PeerId]] = frozenset
+    """Who is dead, as liveness finds; a record outlives its peer by up to a day."""
 
     async def put(self, record: MemberRecord) -> None:
         """Publish our own record."""
@@ -173,6 +175,11 @@ class Members(View):
     def _read(self) -> dict[PeerId, MemberRecord]:
         found = {entry.peer: _MEMBER.read(entry) for entry in self._slots.under("m/")}
         return {peer: record for peer, record in found.items() if record is not None}
+
+    def live(self) -> dict[PeerId, MemberRecord]:
+        """Return the records of those who are not known to be gone."""
+        ghosts = self.ghosts()
+        return {peer: r for peer, r in self.all().items() if peer not in ghosts}
 
 
 class CheckpointHead(msgspec.Struct, frozen=True, kw_only=True):

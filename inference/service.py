@@ -82,6 +82,10 @@ class ServeService:
         found = (runner.model() for runner in self._runners.values())
         return tuple(model for model in found if model is not None)[:MAX_MODELS]
 
+    def num_waiting(self) -> int:
+        """Return how many sessions wait for a place at this peer's first stages."""
+        return sum(runner.num_waiting for runner in self._runners.values())
+
     async def submit(self, gateway: PeerId, request: Submit) -> None:
         """Start a session whose tokens go to ``gateway``.
 

@@ -198,6 +198,11 @@ class StageRunner:
             self._live.discard(key)
             raise
 
+    @property
+    def num_waiting(self) -> int:
+        """Sessions that wait for a place in the worker's memory."""
+        return max(0, len(self._live) - self._ports.config.max_sequences)
+
     async def stop(self, gateway: PeerId, session: str) -> None:
         """End a session; unknown ones are already over."""
         if (gateway, session) in self._live:

@@ -172,13 +172,13 @@ class Beliefs:
         self._revive(peer)
 
     def _revive(self, peer: PeerId) -> None:
-        was = self.state(peer)
+        if self.state(peer) is State.ALIVE:
+            return
         self.dead.pop(peer, None)
         self.suspicions.lift(peer)
         self._unknown.discard(peer)
-        if was is not State.ALIVE:
-            self._changed.add(peer)
-            self.news.acquit(peer)
+        self._changed.add(peer)
+        self.news.acquit(peer)
 
     def suspect(self, peer: PeerId, now: float) -> None:
         """Nobody we asked reached ``peer``."""

@@ -189,9 +189,10 @@ class Swim:
 
     def next_timeout(self) -> float:
         """Return when :meth:`poll` is due at the latest."""
-        ends = min((p.ends for p in self._probes.values()), default=math.inf)
-        suspicion = self._beliefs.suspicions.next_timeout()
-        return min(self._next_period, suspicion, ends)
+        due = min(self._next_period, self._beliefs.suspicions.next_timeout())
+        for probe in self._probes.values():
+            due = min(due, probe.ends)
+        return due
 
     def poll(self, now: float) -> list[Call]:
         """Do what is due and return the calls to start now.
@@ -298,6 +299,8 @@ class Swim:
         if now - call.deadline > STALL_SECONDS:
             del self._probes[call.about]  # we did not run, so we could not hear it
             self._be_aware(+1)
+        elif now >= probe.ends:
+            return  # the next poll judges
         elif not probe.relayed:
             self._probe_through_others(call.about, probe, now)
         else:
@@ -367,7 +370,7 @@ class Swim:
         if sender not in self._rounds:
             return  # a stranger, or a member we have not heard of: no news from it
         self._beliefs.witness(sender, message.incarnation, now)
-        self.loads.hear(sender, message.load, now)
+        self.loads.hear(sender, message.load, now, met=True)
         for report in message.reports:
             if report.peer in self._rounds and report.peer != sender:
                 self.loads.hear(report.peer, report.load, now - report.age_ms / 1000)

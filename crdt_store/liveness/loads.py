@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from crdt_store.liveness.messages import MAX_REPORTS, Load, Report
 from fabric.core.ids import PeerId
 
@@ -15,14 +17,18 @@ class Loads:
 
     def __init__(self) -> None:
         self._heard: dict[PeerId, tuple[float, Load]] = {}
+        self._met: deque[PeerId] = deque(maxlen=MAX_REPORTS)
 
-    def hear(self, peer: PeerId, load: Load, at: float) -> None:
-        """Note that ``peer`` had ``load`` at that time."""
-        held = self._heard.pop(peer, None)
-        newer = held is None or held[0] < at
-        self._heard[peer] = (at, load) if newer or held is None else held
-        if len(self._heard) > MAX_KEPT:
-            del self._heard[min(self._heard, key=lambda p: self._heard[p][0])]
+    def hear(self, peer: PeerId, load: Load, at: float, *, met: bool = False) -> None:
+        """Note that ``peer`` had ``load`` at that time; ``met``: it said so itself."""
+        held = self._heard.get(peer)
+        if held is not None and held[0] >= at:
+            return
+        if held is None and len(self._heard) >= MAX_KEPT:
+            del self._heard[next(iter(self._heard))]
+        self._heard[peer] = (at, load)
+        if met and peer not in self._met:
+            self._met.append(peer)
 
     def get(self, peer: PeerId, now: float) -> Load | None:
         """Return the load of ``peer``; None when it is unknown or too old."""
@@ -36,10 +42,10 @@ class Loads:
         self._heard.pop(peer, None)
 
     def reports(self, now: float) -> tuple[Report, ...]:
-        """Return the loads heard last, to pass on."""
-        last = list(self._heard.items())[-MAX_REPORTS:]
+        """Return the loads that peers told us last, to pass on."""
+        found = ((peer, self._heard.get(peer)) for peer in self._met)
         return tuple(
-            Report(peer, int((now - at) * 1000), load)
-            for peer, (at, load) in last
-            if 0 <= now - at < KEPT_SECONDS / 2
+            Report(peer, int((now - held[0]) * 1000), held[1])
+            for peer, held in found
+            if held is not None and 0 <= now - held[0] < KEPT_SECONDS / 2
         )

@@ -100,12 +100,13 @@ def status(*, home: Path | None = None, json: bool = False) -> None:
     mesh = f"{view.mesh_name} ({view.mesh[:8]})" if view.mesh else "no mesh"
     show_text(f"mesh {mesh}  {view.state}  you {view.name} {view.peer} {view.role}")
     show_table(
-        ("PEER", "NAME", "ROLE", "PATH", "RTT", "UP", "DOWN", "TRUST", "NOTE"),
+        ("PEER", "NAME", "ROLE", "ALIVE", "PATH", "RTT", "UP", "DOWN", "TRUST", "NOTE"),
         (
             (
                 short(p.peer),
                 p.name,
                 p.role,
+                p.liveness,
                 p.path if p.connected else "-",
                 milliseconds(p.rtt_ms),
                 mbit(p.up_mbit),

@@ -105,24 +105,39 @@ def _short(ms: float) -> str:
     return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.2f} ms"
 
 
-def peers(*, home: Path | None = None, json: bool = False) -> None:
-    """List the other members: paths, links, versions, addresses.
+def peers(*, all: bool = False, home: Path | None = None, json: bool = False) -> None:
+    """List the other members that are there: paths, links, versions, addresses.
 
     Args:
+        all: Also the dead: members of whom only a record is left.
         home: Directory of the peer to talk to.
         json: Print JSON, a line each.
     """
-    rows = connect(home).status().peers
+    rows = [
+        row for row in connect(home).status().peers if all or row.liveness != "dead"
+    ]
     if json:
         for row in rows:
             show_json(row)
         return
     show_table(
-        ("PEER", "NAME", "PATHS", "RTT", "UP", "DOWN", "VERSION", "ADDRESS", "NOTE"),
+        (
+            "PEER",
+            "NAME",
+            "ALIVE",
+            "PATHS",
+            "RTT",
+            "UP",
+            "DOWN",
+            "VERSION",
+            "ADDRESS",
+            "NOTE",
+        ),
         (
             (
                 short(row.peer),
                 row.name,
+                row.liveness,
                 ", ".join(row.control) or "-",
                 milliseconds(row.rtt_ms),
                 mbit(row.up_mbit),

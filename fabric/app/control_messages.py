@@ -225,6 +225,8 @@ class PeerView(msgspec.Struct, frozen=True):
         version: What it runs, as it says.
         addrs: Where it was last known to be, best first.
         control: The kinds of its control connections, best first.
+        liveness: "alive", "suspect", "dead" (unreachable from here) or "unknown".
+        running: Jobs it takes part in, as it said lately, or None.
     """
 
     peer: str
@@ -240,6 +242,8 @@ class PeerView(msgspec.Struct, frozen=True):
     version: str = ""
     addrs: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
+    liveness: str = "unknown"
+    running: int | None = None
 
 
 class StatusView(msgspec.Struct, frozen=True):

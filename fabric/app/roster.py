@@ -103,12 +103,14 @@ def live_members(
 ) -> dict[PeerId, MemberFacts]:
     """Return the members that can take work now: ourselves and whom RPC reaches.
 
+    A connection outlives a peer that hangs, so liveness has a say too.
+
     Members show software evidence before RPC opens to them, so all are of that tier.
     """
     live = rpc.connected() | {own}
     return {
         peer: MemberFacts(memory_bytes=r.hardware.memory_bytes, trust="software")
-        for peer, r in store.members.all().items()
+        for peer, r in store.members.live().items()
         if peer in live
     }
 

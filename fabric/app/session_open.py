@@ -29,6 +29,7 @@ from attestation.ports import AdmissionPorts
 from attestation.service import AdmissionService
 from attestation.software import AppraisalPolicy
 from attestation.standings import Standings
+from crdt_store.liveness.messages import Load
 from crdt_store.service import open_store
 from dht.blobs import BlobStore
 from dht.service import open_content
@@ -199,6 +200,7 @@ async def _open(
     net = await _open_network(stack, node, gate, book, rank)
     host, plane, rpc, bulk = net.host, net.plane, net.rpc, net.bulk
     paths = WorkerPaths(plane)
+    incarnation = _next_incarnation(folder / "incarnation")
     store = await enter(
         open_store(
             config.store,
@@ -209,6 +211,7 @@ async def _open(
             net.broadcast,
             time.time,
             counters,
+            incarnation=incarnation,
         )
     )
     authority.store = store
@@ -294,6 +297,7 @@ async def _open(
     )
     rank.vantage = nat.vantage
     serving = Serving(own, rpc, serve, jobs, config.serve)
+    store.liveness.load_source = lambda: Load(serve.num_waiting(), jobs.num_running())
     return Session(
         membership.mesh,
         own,
@@ -317,7 +321,7 @@ async def _open(
         doubts,
         TraversalReport(nat, probe, config.nat),
         probe,
-        _next_incarnation(folder / "incarnation"),
+        incarnation,
     )
 
 

@@ -328,6 +328,13 @@ class JobsService:
             views.append(view_of_status(job, spec, status))
         return views
 
+    def num_running(self) -> int:
+        """Return in how many running jobs this peer takes part."""
+        seats = (task.seat for task in self._tasks.values() if not task.ended)
+        return sum(
+            not seat.over and self._me in seat.committed.participants for seat in seats
+        )
+
     def why(self, job: JobId) -> Pause | None:
         """Return why ``job`` makes no progress as seen from here, or None."""
         if self._past(job) is not None:

@@ -172,6 +172,7 @@ from time import time
 class Nobody:
     def register_async(self, method, handler): pass
     def connected(self): return frozenset()
+    def lost(self): return trio.open_memory_channel(1)[1]
     async def publish(self, topic, payload): await trio.lowlevel.checkpoint()
     def subscribe(self, topic): return trio.open_memory_channel(1)[1]
 
