@@ -32,6 +32,7 @@ from nat.addresses import (
 from nat.config import NatConfig
 from nat.discovery.mdns_service import MdnsService
 from nat.discovery.service import DiscoveryPorts, DiscoveryService
+from nat.history import History
 from nat.multiaddr_bytes import tcp_multiaddr
 from nat.portmap.lease import WantedPort
 from nat.portmap.service import PortMapping, open_port_mapping
@@ -73,6 +74,7 @@ class Traversal:
         upgrades: Who moves off a relay when.
         discovery: Rendezvous.
         mdns: The local network.
+        history: What was last tried towards each peer.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Traversal:
         self.mapping = mapping
         self.reachability = reachability
         host, counters = base.host, base.counters
+        self.history = History()
         here = self.vantage = Vantage(
             host, base.plane, network, mapping, reachability, needs.addresses_of
         )
@@ -107,6 +110,7 @@ class Traversal:
             addresses_of=needs.addresses_of,
             on_data=self._on_circuit,
             on_addresses=self._set_circuits,
+            history=self.history,
         )
         self.puncher = TcpPuncher(
             host,
@@ -116,6 +120,7 @@ class Traversal:
             ),
             self._on_punched,
             counters,
+            history=self.history,
         )
         self.dcutr = DcutrService(
             host,
@@ -124,6 +129,7 @@ class Traversal:
                 here.control_port, here.observed, here.local_ips, needs.addresses_of
             ),
             counters,
+            history=self.history,
         )
         self.upgrades = UpgradeService(config.punch, needs.relayed, needs.upgrade)
         self.discovery = DiscoveryService(
@@ -241,7 +247,6 @@ class Traversal:
                 await self._leave_dead_connections(change)
                 self.mapping.on_network_change()
                 for part in (
-                    self.circuits,
                     self.puncher,
                     self.dcutr,
                     self.upgrades,

@@ -21,9 +21,11 @@ from fabric.app.peer_facts import collect_peer
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId
 from fabric.net.ports import LinkMeasurement
+from nat.discovery.core import Islands
 from nat.doctor.facts import (
     CircuitTried,
     Facts,
+    Mdns,
     PortMapping,
     Punched,
     Reachability,
@@ -66,6 +68,14 @@ class Traversal(Protocol):
         """Return what the last hole punch towards ``peer`` came to."""
         ...
 
+    def islands(self) -> Islands:
+        """Return how the mesh looks from the rendezvous points."""
+        ...
+
+    def mdns(self) -> Mdns:
+        """Return how it stands with the local network."""
+        ...
+
     def link(self, peer: PeerId) -> LinkMeasurement | None:
         """Return the last measurement of the link with ``peer``."""
         ...
@@ -104,17 +114,20 @@ async def collect(session: Session, peer: PeerId | None = None) -> Facts:
         links=mesh_facts.links(session, nat),
         versions=mesh_facts.versions(session),
         members=mesh_facts.members(session),
+        remembered=mesh_facts.remembered(session),
         **found,
     )
-    return facts if nat is None else _with_traversal(facts, nat)
+    return facts if nat is None else _with_traversal(facts, nat, session)
 
 
-def _with_traversal(facts: Facts, nat: Traversal) -> Facts:
+def _with_traversal(facts: Facts, nat: Traversal, session: Session) -> Facts:
     return msgspec.structs.replace(
         facts,
         reachability=nat.reachability(),
         port_mapping=nat.port_mapping(),
         relays=nat.relays(),
+        rendezvous=mesh_facts.rendezvous(session, nat),
+        mdns=nat.mdns(),
     )
 
 

@@ -6,17 +6,20 @@ A part may raise a FabricError or an OSError, or be cancelled: then it is unmeas
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from fabric.app.clock import compare_clock
 from fabric.app.net_checks import (
+    DialResult,
     dial_multiaddrs,
     dial_tcp,
     endpoint_of_multiaddr,
     has_packet_filter,
     probe_udp,
+    route_mtu,
 )
 from fabric.app.peer_names import name_of
 from fabric.core.errors import FabricError
@@ -29,7 +32,11 @@ from nat.doctor.facts import (
     Listening,
     Members,
     PathMtu,
+    Refusal,
+    Remembered,
+    Rendezvous,
 )
+from nat.doctor.sources import from_islands
 
 if TYPE_CHECKING:
     from fabric.app.diagnose import Traversal
@@ -37,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLOCK_SECONDS = 2.5
+CLOCK_SECONDS = 4.5
 """Bound of asking all clocks; whoever answered by then counts."""
 MAX_ASKED = 8
 """Peers whose clock, route and UDP are tried; more say nothing new."""
@@ -91,37 +98,37 @@ async def clocks(session: Session) -> tuple[ClockSample, ...]:
     return tuple(sorted(samples, key=lambda sample: sample.peer))
 
 
-def _direct_ends(session: Session) -> dict[PeerId, tuple[str, int]]:
-    """Return where connected peers listen: dialled by us, else as they announce."""
-    ends: dict[PeerId, tuple[str, int]] = {}
-    for peer in sorted(session.host.connected()):
-        infos = session.host.connections(peer)
-        ours = [i.remote for i in infos if i.outbound and i.kind == "direct"]
-        found = [end for text in ours if (end := endpoint_of(text)) is not None]
-        if found:
-            ends[peer] = (str(found[0][0]), found[0][1])
-        elif any(info.kind == "direct" for info in infos):
-            contact = session.book.contacts.get(peer)
-            announced = map(endpoint_of_multiaddr, contact.addrs if contact else ())
-            if first := next(filter(None, announced), None):
-                ends[peer] = first
-    return dict(list(ends.items())[:MAX_ASKED])
-
-
 async def mtus(session: Session) -> tuple[PathMtu, ...]:
-    """Return what the kernel knows of the routes to peers we dialled."""
+    """Return what the kernel knows of the routes to peers connected without a relay."""
     found: list[PathMtu] = []
 
     async def look(peer: PeerId, ip: str, port: int) -> None:
-        result = await dial_tcp(ip, port)
-        if result.mtu_bytes:
-            name = name_of(session, peer)
-            found.append(PathMtu(name, result.mtu_bytes, result.mss_bytes))
+        name = name_of(session, peer)
+        result = await dial_tcp(ip, port) if port else DialResult("not dialled")
+        if mtu := result.mtu_bytes or route_mtu(ip):
+            found.append(PathMtu(name, mtu, result.mss_bytes))
 
     async with trio.open_nursery() as nursery:
-        for peer, (ip, port) in _direct_ends(session).items():
+        for peer, (ip, port) in _remote_ends(session).items():
             nursery.start_soon(look, peer, ip, port)
     return tuple(sorted(found, key=lambda path: path.peer))
+
+
+def _remote_ends(session: Session) -> dict[PeerId, tuple[str, int]]:
+    """Return where connected peers are; the port is 0 where nobody need listen.
+
+    Of a connection that the peer opened, or that was punched, the port is its own.
+    """
+    ends: dict[PeerId, tuple[str, int]] = {}
+    for peer in sorted(session.host.connected())[:MAX_ASKED]:
+        for info in session.host.connections(peer):
+            end = endpoint_of(info.remote) if info.kind != "relay" else None
+            if end is not None:
+                listens = info.outbound and info.kind == "direct"
+                known = ends.get(peer)
+                if known is None or (listens and not known[1]):
+                    ends[peer] = (str(end[0]), end[1] if listens else 0)
+    return ends
 
 
 async def udp(session: Session) -> str | None:
@@ -143,7 +150,25 @@ async def bootstraps(session: Session) -> tuple[Dialled, ...]:
         for known in contact.known.all()
         if known.source in ("invite", "config")
     ]
-    return await dial_multiaddrs([(addr, "") for addr in addrs[:MAX_ASKED]])
+    direct = [addr for addr in addrs if endpoint_of_multiaddr(addr) is not None]
+    return await dial_multiaddrs([(addr, "") for addr in direct[:MAX_ASKED]])
+
+
+def remembered(session: Session) -> Remembered:
+    """Return what a restart would start from."""
+    problem = session.peers_file.problem
+    return Remembered(
+        peers=len(session.book.remembered()),
+        problem=None
+        if problem is None
+        else Refusal(problem.code, problem.reason, problem.next_step),
+    )
+
+
+def rendezvous(session: Session, nat: Traversal) -> Rendezvous:
+    """Return how the mesh looks from the rendezvous points."""
+    members = session.store.authority.members() - {session.own}
+    return from_islands(nat.islands(), partial(name_of, session), members)
 
 
 def links(session: Session, nat: Traversal | None) -> tuple[Link, ...] | None:

@@ -96,6 +96,19 @@ def _route_mtu(sock: trio.socket.SocketType, family: socket.AddressFamily | int)
     return sock.getsockopt(level, option)
 
 
+def route_mtu(ip: str) -> int:
+    """Return the MTU of the route to ``ip``, or 0; nothing is sent."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    if sys.platform != "linux":
+        return 0
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((ip, UDP_PORT))
+            return sock.getsockopt(*_IP_MTU[family])
+    except OSError:
+        return 0
+
+
 async def probe_udp(
     ips: Sequence[str],
 ) -> Literal["answered", "blocked", "silent"] | None:

@@ -11,7 +11,7 @@ from fabric.app.peer_names import name_of
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId
 from fabric.net.ports import PROTOCOL_RPC, Decision
-from nat.doctor.facts import Dialled, PeerFacts, Refusal
+from nat.doctor.facts import Dialled, PeerFacts, Reachability, Refusal
 
 if TYPE_CHECKING:
     from fabric.app.diagnose import Traversal
@@ -42,14 +42,30 @@ async def collect_peer(
         retry_in_seconds=max(0.0, retry_at - now),
         circuits=None if nat is None else nat.circuits(peer),
         punched=None if nat is None else nat.punched(peer),
-        nat=None if nat is None else nat.peer_nat(peer),
+        nat=_nat_of(session, nat, peer),
     )
 
 
 async def _addresses(session: Session, peer: PeerId) -> tuple[Dialled, ...]:
     contact = session.book.contacts.get(peer)
     known = () if contact is None else contact.known.all()
-    return await dial_multiaddrs([(each.addr, each.source) for each in known])
+    sources: dict[str, str] = {each.addr: each.source for each in known}
+    # the book takes records in now and then: the latest may not be in it yet
+    record = session.store.members.get(peer)
+    for addr in record.addrs if record is not None else ():
+        sources.setdefault(addr, "record")
+    return await dial_multiaddrs(list(sources.items()))
+
+
+def _nat_of(
+    session: Session, nat: Traversal | None, peer: PeerId
+) -> Reachability | None:
+    """Return what the peer said of its NAT: in a punch, else in its record."""
+    said = None if nat is None else nat.peer_nat(peer)
+    record = session.store.members.get(peer)
+    if said is None and record is not None and record.data_addrs:
+        return Reachability(verdict="public", external=record.data_addrs[0])
+    return said
 
 
 def _no(decision: Decision) -> Refusal | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import trio
+
 from crdt_store.service import Store
 from fabric.app.connector import MemberConnector
-from fabric.app.doubts import Doubts
 from fabric.app.known_addrs import Source
 from fabric.app.membership_file import MeshMembership
 from fabric.app.peer_book import PeerBook
@@ -17,18 +18,25 @@ from fabric.net.data_plane import DataPlane
 from fabric.net.ports import LinkMeasurement, LinkProbe
 from fabric.net.rpc import RpcService
 from nat.config import NatConfig
-from nat.discovery.core import namespace_of, order_points
+from nat.discovery.core import Islands, namespace_of, order_points
 from nat.doctor.facts import (
     CircuitTried,
+    Mdns,
     PortMapping,
     Punched,
     Reachability,
-    Refusal,
     Relays,
 )
-from nat.doctor.sources import from_mappings, from_relays, from_report
+from nat.doctor.sources import (
+    from_circuits,
+    from_mappings,
+    from_mdns,
+    from_nat_facts,
+    from_punch,
+    from_relays,
+    from_report,
+)
 from nat.ports import TraversalNeeds
-from nat.punch.facts import FAILED
 from nat.reachability.netwatch import NetworkChanged
 from nat.relay.circuit_addresses import CIRCUIT
 from nat.service import Traversal
@@ -68,14 +76,11 @@ class MeshKnowledge:
         self._book = book
         self._rpc = rpc
 
-    def needs(
-        self, connector: MemberConnector, plane: DataPlane, doubts: Doubts
-    ) -> TraversalNeeds:
+    def needs(self, connector: MemberConnector, plane: DataPlane) -> TraversalNeeds:
         """Return what :func:`nat.service.open_traversal` takes."""
 
         def network_changed(change: NetworkChanged) -> None:
             plane.registry.shut_down_from(change.gone_addresses)
-            doubts.about_all()
             connector.retry_now()
 
         return TraversalNeeds(
@@ -98,7 +103,7 @@ class MeshKnowledge:
 
     def relays(self) -> Mapping[PeerId, Sequence[str]]:
         """Return who may relay for us: volunteers, then whom we joined through."""
-        members = self._store.members.all()
+        members = self._store.members.live()
         found: dict[PeerId, Sequence[str]] = {
             peer: record.addrs
             for peer, record in sorted(members.items())
@@ -171,17 +176,28 @@ class TraversalReport:
         return from_relays(status, self._config.circuit.num_relays)
 
     def peer_nat(self, peer: PeerId) -> Reachability | None:
-        """Return what ``peer`` said of its NAT: not kept."""
-        return None
+        """Return what ``peer`` said of its NAT when it was last punched."""
+        known = self.service.history.of(peer)
+        return None if known is None or known.nat is None else from_nat_facts(known.nat)
 
     def circuits(self, peer: PeerId) -> tuple[CircuitTried, ...] | None:
-        """Return the relays that were last tried towards ``peer``: not kept."""
-        return None
+        """Return the relays that were last tried towards ``peer``."""
+        known = self.service.history.of(peer)
+        return () if known is None else from_circuits(known, trio.current_time())
 
     def punched(self, peer: PeerId) -> Punched | None:
-        """Return why hole punching towards ``peer`` failed last, if it did."""
+        """Return what the last hole punch towards ``peer`` came to."""
         reason = self.service.upgrades.reason(peer) or self.service.dcutr.reason(peer)
-        return Punched(refusal=Refusal(FAILED, reason)) if reason else None
+        known = self.service.history.of(peer)
+        return from_punch(known, reason, trio.current_time())
+
+    def islands(self) -> Islands:
+        """Return how the mesh looks from the rendezvous points."""
+        return self.service.discovery.islands()
+
+    def mdns(self) -> Mdns:
+        """Return how it stands with the local network."""
+        return from_mdns(self.service.mdns.report())
 
     def link(self, peer: PeerId) -> LinkMeasurement | None:
         """Return the last measurement of the link with ``peer``."""

@@ -21,6 +21,7 @@ from fabric.core.telemetry import REFUSALS, Counters
 from fabric.net.offers import format_address
 from fabric.net.socket_options import set_liveness
 from fabric.net.traversal_api import ConnectionInfo, ConnectionKind, TraversalHost
+from nat.history import PunchNotes
 from nat.multiaddr_bytes import tcp_endpoint, tcp_multiaddr
 from nat.punch.addresses import OwnSide, classify_ip, select_targets
 from nat.punch.config import PunchConfig
@@ -110,8 +111,11 @@ class DcutrRound:
             with trio.move_on_after(_UNILATERAL_SECONDS):
                 await self._race(peer, targets, schedule, kind="direct", client=True)
 
-    async def start(self, peer: PeerId) -> None:
-        """Do steps 1 to 5 once, as the side that was dialled through the relay."""
+    async def start(self, peer: PeerId, notes: PunchNotes) -> None:
+        """Do steps 1 to 5 once, as the side that was dialled through the relay.
+
+        ``notes`` is filled with what is learnt on the way, however it ends.
+        """
         own = self._around.own_side()
         stream = await self._open(peer)
         try:
@@ -121,8 +125,9 @@ class DcutrRound:
                 reader = _Reader(stream)
                 reply = await reader.receive_untrusted(CONNECT)
                 rtt = round_trip(trio.current_time() - sent)
-                targets = self._select(own, reply)
+                targets = notes.endpoints = self._select(own, reply)
                 await stream.send_all(encode_hole_punch(HolePunch(SYNC)))
+                notes.agreed(trio.current_time())
             await trio.sleep(rtt / 2)
             with trio.move_on_after(self._config.punch_seconds):
                 schedule = partial(RetrySchedule, self._config, self._rng, rtt, 0)

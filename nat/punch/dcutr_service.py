@@ -13,13 +13,15 @@ import random
 
 import trio
 
-from fabric.core.errors import FabricError, RemoteProtocolError
+from fabric.core.errors import FabricError, NoRoute, RemoteProtocolError
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS, Counters
 from fabric.net.traversal_api import TraversalHost
+from nat.history import History, PunchNotes, outcome
 from nat.punch.backoff import Backoff
 from nat.punch.config import PunchConfig
 from nat.punch.dcutr_round_service import ControlSurroundings, DcutrRound
+from nat.punch.facts import FAILED
 from nat.punch.limits import PunchLimits
 from nat.punch.messages import PROTOCOL_DCUTR
 
@@ -37,6 +39,7 @@ class DcutrService:
         surroundings: Our addresses and the peers'.
         counters: Refusals and protocol errors.
         rng: Draws the jitter.
+        history: Told how each upgrade that we started went.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class DcutrService:
         surroundings: ControlSurroundings,
         counters: Counters,
         rng: random.Random | None = None,
+        history: History | None = None,
     ) -> None:
         self._host = host
         self._config = config
         self._counters = counters
+        self._history = history if history is not None else History()
         self._round = DcutrRound(
             host, config, surroundings, counters, rng or random.Random()
         )
@@ -98,7 +103,6 @@ class DcutrService:
             peer
             for peer in self._host.connected()
             if peer not in self._running
-            and self._backoff.due(peer) <= now
             and not self._round.is_direct(peer)
             and any(not info.outbound for info in self._host.connections(peer))
         ]
@@ -120,14 +124,14 @@ class DcutrService:
             del self._both_since[peer]
 
     async def _upgrade(self, peer: PeerId) -> None:
-        began = trio.current_time()
+        began, notes = trio.current_time(), PunchNotes()
         reason = ""
         try:
             await self._round.dial_announced(peer)
             for _ in range(self._config.dcutr_attempts):
                 if self._round.is_direct(peer):
                     break
-                await self._round.start(peer)
+                await self._round.start(peer, notes)
         except FabricError as exc:
             reason = exc.reason
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
@@ -137,10 +141,13 @@ class DcutrService:
             self._wake.set()
         now = trio.current_time()
         if self._round.is_direct(peer):
+            self._history.on_punch(peer, "control", outcome(began, now), notes)
             self._backoff.succeeded(peer)
             logger.info("dcutr.done peer=%s ms=%.0f", short(peer), (now - began) * 1e3)
             return
         reason = reason or "no connection crossed both NATs"
+        ended = outcome(began, now, NoRoute(reason, code=FAILED))
+        self._history.on_punch(peer, "control", ended, notes)
         self._backoff.failed(peer, now, reason)
         logger.info("dcutr.failed peer=%s reason=%s", short(peer), reason)
 

@@ -20,6 +20,7 @@ from fabric.core.errors import (
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import PROTOCOL_ERRORS, Counters
 from fabric.net.host import Host, PeerConnected
+from nat.history import History, PunchNotes, outcome
 from nat.punch.backoff import Backoff
 from nat.punch.config import PunchConfig
 from nat.punch.exchange_service import PunchExchange, Surroundings
@@ -59,6 +60,7 @@ class TcpPuncher:
         accept: Takes the sockets that peers punched with us.
         counters: Refusals and protocol errors.
         rng: Draws the jitter.
+        history: Told how each punch went, whoever asked for it.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class TcpPuncher:
         accept: Accept,
         counters: Counters,
         rng: random.Random | None = None,
+        history: History | None = None,
     ) -> None:
         self._host = host
         self._config = config
         self._accept = accept
         self._counters = counters
+        self._history = history if history is not None else History()
         self._exchange = PunchExchange(
             host, config, surroundings, counters, rng or random.Random()
         )
@@ -176,10 +180,11 @@ class TcpPuncher:
                 self._lanes.pop(peer, None)
 
     async def _initiate(self, peer: PeerId) -> socket.socket:
-        began = trio.current_time()
+        began, notes = trio.current_time(), PunchNotes()
         try:
-            sock = await self._exchange.initiate(peer)
+            sock = await self._exchange.initiate(peer, notes)
         except FabricError as exc:
+            self._note(peer, began, notes, exc)
             if exc.code in (FAILED, IMPOSSIBLE):
                 self._backoff.failed(
                     peer,
@@ -194,11 +199,23 @@ class TcpPuncher:
                 exc.reason,
             )
             raise
+        self._note(peer, began, notes, None)
         self._backoff.succeeded(peer)
-        seconds = trio.current_time() - began
-        logger.info("punch.done peer=%s ms=%.0f", short(peer), seconds * 1e3)
+        now = trio.current_time()
+        logger.info(
+            "punch.done peer=%s ms=%.0f punch_ms=%.1f",
+            short(peer),
+            (now - began) * 1e3,
+            notes.punch_ms(now),
+        )
         self._wake.set()
         return sock
+
+    def _note(
+        self, peer: PeerId, began: float, notes: PunchNotes, error: FabricError | None
+    ) -> None:
+        ended = outcome(began, trio.current_time(), error)
+        self._history.on_punch(peer, "data", ended, notes)
 
     def _check_due(self, peer: PeerId) -> None:
         due, now = self._backoff.due(peer), trio.current_time()
@@ -211,6 +228,7 @@ class TcpPuncher:
 
     async def _serve(self, peer: PeerId, stream: trio.abc.Stream) -> None:
         began = False
+        started, notes = trio.current_time(), PunchNotes()
 
         def admit() -> None:
             nonlocal began
@@ -218,7 +236,7 @@ class TcpPuncher:
             began = True
 
         try:
-            sock = await self._exchange.respond(stream, admit)
+            sock = await self._exchange.respond(stream, admit, notes)
         except RemoteProtocolError as exc:
             self._counters.add(PROTOCOL_ERRORS, label="punch")
             logger.info("punch.malformed peer=%s reason=%s", short(peer), exc.reason)
@@ -229,6 +247,8 @@ class TcpPuncher:
         finally:
             if began:
                 self._limits.end(peer)
+        if began:  # one that was refused for its rate is not worth a memory
+            self._note(peer, started, notes, notes.error)
         if sock is None:
             return
         if self._nursery is None:

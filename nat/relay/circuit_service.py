@@ -17,6 +17,7 @@ from fabric.core.telemetry import Counters
 from fabric.net.host import PeerDisconnected
 from fabric.net.ports import Gate
 from fabric.net.traversal_api import ConnectionInfo, TraversalHost
+from nat.history import History, outcome
 from nat.multiaddr_bytes import tcp_multiaddr
 from nat.relay.circuit import Action, Probe, Reservations
 from nat.relay.circuit_addresses import announceable, by_relay, peer_of
@@ -54,6 +55,7 @@ class CircuitService:
         addresses_of: The addresses that a peer announces, circuit addresses among them.
         on_data: Takes inbound data-plane sockets, in a task of its own.
         on_addresses: Told the circuit addresses to announce whenever they change.
+        history: Told how each circuit that we dial went.
 
     Attributes:
         reservations: Which relays we have, for status and doctor.
@@ -69,8 +71,10 @@ class CircuitService:
         addresses_of: Callable[[PeerId], Sequence[str]],
         on_data: OnData,
         on_addresses: Callable[[tuple[str, ...]], None],
+        history: History | None = None,
     ) -> None:
         self.reservations = Reservations(config)
+        self._history = history if history is not None else History()
         self._host = host
         self._config = config
         self._addresses_of = addresses_of
@@ -107,11 +111,6 @@ class CircuitService:
     def set_wanted(self, wanted: bool) -> None:
         """Hold reservations, or none because the world reaches us without."""
         self.reservations.set_wanted(wanted)
-        self._poke()
-
-    def network_changed(self) -> None:
-        """Ask the relays again: reservations may lead to an address that is gone."""
-        self.reservations.network_changed(trio.current_time())
         self._poke()
 
     # reservations
@@ -231,6 +230,19 @@ class CircuitService:
         self, relay: PeerId, addrs: Sequence[str], peer: PeerId, first: bytes = b""
     ) -> trio.abc.HalfCloseableStream:
         """Return a circuit whose first bytes were sent; they say it is for data."""
+        began = trio.current_time()
+        try:
+            stream = await self._circuit_within(relay, addrs, peer, first)
+        except FabricError as exc:
+            ended = outcome(began, trio.current_time(), exc)
+            self._history.on_circuit(peer, relay, ended)
+            raise
+        self._history.on_circuit(peer, relay, outcome(began, trio.current_time()))
+        return stream
+
+    async def _circuit_within(
+        self, relay: PeerId, addrs: Sequence[str], peer: PeerId, first: bytes
+    ) -> trio.abc.HalfCloseableStream:
         try:
             with trio.fail_after(self._config.connect_seconds):
                 stream, limit = await self._join(relay, addrs, peer)
@@ -242,7 +254,8 @@ class CircuitService:
                             f"relay {short(relay)} is for signalling only: it allows a "
                             f"circuit {limit.data_bytes} B",
                             code="E_RELAY_SIGNALLING_ONLY",
-                            next_step="let a peer with a public address set relay_ok",
+                            next_step="on a member with a public address, run "
+                            "`fabric up --relay-ok`",
                         )
                     await send_message(stream, first)
                 return stream
