@@ -247,6 +247,7 @@ class Traversal:
                 await self._leave_dead_connections(change)
                 self.mapping.on_network_change()
                 for part in (
+                    self.circuits,
                     self.puncher,
                     self.dcutr,
                     self.upgrades,

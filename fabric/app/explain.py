@@ -53,6 +53,7 @@ def _row(session: Session, peer: PeerId) -> PeerView:
     rtt = session.rpc.rtt_seconds(peer) if live else None
     nat = traversal_of(session)
     link = nat.link(peer) if nat is not None else None
+    load = session.store.liveness.load(peer)
     return PeerView(
         peer=peer,
         name=record.name if record else "",
@@ -67,6 +68,8 @@ def _row(session: Session, peer: PeerId) -> PeerView:
         version=record.version if record else "",
         addrs=contact.addrs if contact is not None else (),
         control=connection_kinds(session, peer),
+        liveness=session.store.liveness.state(peer),
+        running=load.running if load is not None else None,
     )
 
 
@@ -110,7 +113,28 @@ def _introduce(session: Session, peer: PeerId) -> list[str]:
     if record is not None:
         lines.append(f"it calls itself {record.name}, version {record.version}")
         lines.extend(f"it announces {addr}" for addr in record.addrs)
+    if peer != session.own:
+        lines.append(_alive(session, peer))
     return lines
+
+
+_MEANING = {
+    "alive": "it answers probes, ours or those of others",
+    "suspect": "it did not answer a probe; it still may",
+    "dead": "nobody we asked reaches it; its record stays, and it is tried again",
+    "unknown": "nobody has heard of it since this daemon started",
+}
+
+
+def _alive(session: Session, peer: PeerId) -> str:
+    liveness = session.store.liveness
+    state, ago = liveness.state(peer), liveness.heard_seconds_ago(peer)
+    line = f"liveness: {state}: {_MEANING[state]}"
+    if ago is not None:
+        line += f"; it spoke to us {ago:.0f} s ago"
+    if (load := liveness.load(peer)) is not None:
+        line += f"; {load.running} jobs there, {load.queued} requests wait"
+    return line
 
 
 def _sentences(peer: PeerFacts, own: Facts) -> list[str]:

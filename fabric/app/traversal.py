@@ -9,6 +9,7 @@ import trio
 
 from crdt_store.service import Store
 from fabric.app.connector import MemberConnector
+from fabric.app.doubts import Doubts
 from fabric.app.known_addrs import Source
 from fabric.app.membership_file import MeshMembership
 from fabric.app.peer_book import PeerBook
@@ -76,11 +77,14 @@ class MeshKnowledge:
         self._book = book
         self._rpc = rpc
 
-    def needs(self, connector: MemberConnector, plane: DataPlane) -> TraversalNeeds:
+    def needs(
+        self, connector: MemberConnector, plane: DataPlane, doubts: Doubts
+    ) -> TraversalNeeds:
         """Return what :func:`nat.service.open_traversal` takes."""
 
         def network_changed(change: NetworkChanged) -> None:
             plane.registry.shut_down_from(change.gone_addresses)
+            doubts.about_all()
             connector.retry_now()
 
         return TraversalNeeds(

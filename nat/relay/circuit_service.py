@@ -113,6 +113,11 @@ class CircuitService:
         self.reservations.set_wanted(wanted)
         self._poke()
 
+    def network_changed(self) -> None:
+        """Ask the relays again: reservations may lead to an address that is gone."""
+        self.reservations.network_changed(trio.current_time())
+        self._poke()
+
     # reservations
 
     def _poke(self) -> None:
