@@ -39,11 +39,12 @@ soak: $(STAMP)  ## Full counts of one area: make soak AREA=state|net|nat|ckpt|tr
 	$(BIN)/python -m tests.soak $(AREA) --minutes $(or $(SOAK_MINUTES),120)
 
 bench-setup: $(STAMP)  ## Install the rivals that benchmarks compare with
-	$(BIN)/pip install -q -c constraints.txt lattica==1.0.21
+	$(BIN)/pip install -q -c constraints.txt lattica==1.0.21 loro==1.17.1
 
 bench: bench-setup  ## All benchmarks, appended to benchmarks/results/*.jsonl
 	$(BIN)/python -m benchmarks.rpc --json
 	$(BIN)/python -m benchmarks.bulk --json
+	$(BIN)/python -m benchmarks.store --json
 
 fmt: $(STAMP)  ## Format and sort imports
 	$(BIN)/ruff format .

@@ -112,7 +112,15 @@ def commit() -> str:
     here = Path(__file__).parent
     try:
         head = _git(here, "rev-parse", "--short", "HEAD")
-        changed = _git(here, "status", "--porcelain", "--", "fabric", "benchmarks/*.py")
+        changed = _git(
+            here,
+            "status",
+            "--porcelain",
+            "--",
+            "fabric",
+            "crdt_store",
+            "benchmarks/*.py",
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")
