@@ -29,6 +29,7 @@ from nat.doctor.facts import (
     PortMapping,
     Punched,
     Reachability,
+    Relaying,
     Relays,
 )
 
@@ -54,6 +55,10 @@ class Traversal(Protocol):
 
     def relays(self) -> Relays | None:
         """Return our reservations and who refused one."""
+        ...
+
+    def relaying(self) -> Relaying:
+        """Return what we do for others."""
         ...
 
     def peer_nat(self, peer: PeerId) -> Reachability | None:
@@ -126,6 +131,7 @@ def _with_traversal(facts: Facts, nat: Traversal, session: Session) -> Facts:
         reachability=nat.reachability(),
         port_mapping=nat.port_mapping(),
         relays=nat.relays(),
+        relaying=nat.relaying(),
         rendezvous=mesh_facts.rendezvous(session, nat),
         mdns=nat.mdns(),
     )

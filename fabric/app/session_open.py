@@ -319,7 +319,7 @@ async def _open(
         peers_file,
         connector,
         doubts,
-        TraversalReport(nat, probe, config.nat),
+        TraversalReport(nat, probe, config.nat_in_budget),
         probe,
         incarnation,
     )

@@ -26,6 +26,7 @@ from nat.doctor.facts import (
     PortMapping,
     Punched,
     Reachability,
+    Relaying,
     Relays,
 )
 from nat.doctor.sources import (
@@ -178,6 +179,17 @@ class TraversalReport:
         """Return our reservations and who refused one."""
         status = self.service.circuits.reservations.status()
         return from_relays(status, self._config.circuit.num_relays)
+
+    def relaying(self) -> Relaying:
+        """Return what we do for others."""
+        relay, config = self.service.relay, self._config.relay
+        return Relaying(
+            active=relay.active,
+            volunteer=config.volunteer,
+            reservations=relay.book.num_reservations,
+            circuits=len(relay.book.circuits),
+            max_bytes_per_second=config.max_bytes_per_second,
+        )
 
     def peer_nat(self, peer: PeerId) -> Reachability | None:
         """Return what ``peer`` said of its NAT when it was last punched."""

@@ -1,7 +1,7 @@
 """The doctor: facts in, findings out. Pure; the order is that of a person's questions.
 
     the machine   clock, listen, firewall, udp, ipv6
-    the network   reachability, nat, port-mapping, relay, mtu
+    the network   reachability, nat, port-mapping, relay, relaying, mtu
     the mesh      bootstraps, members, rendezvous, mdns, peers-file, bandwidth, versions
     one peer      member, addresses, gate, admission, nat, relay, punch, path
 
@@ -28,6 +28,7 @@ CHECKS = (
     network.nat,
     network.port_mapping,
     network.relay,
+    network.relaying,
     network.mtu,
     mesh.bootstraps,
     mesh.members,

@@ -136,6 +136,24 @@ class Relays(msgspec.Struct, frozen=True, kw_only=True):
     refused: tuple[tuple[str, Refusal], ...] = ()
 
 
+class Relaying(msgspec.Struct, frozen=True, kw_only=True):
+    """What we do for others.
+
+    Attributes:
+        active: Whether new reservations are accepted.
+        volunteer: The setting ``nat.relay.volunteer``.
+        reservations: Peers that may be reached through us.
+        circuits: What is carried now.
+        max_bytes_per_second: Budget of all circuits together.
+    """
+
+    active: bool
+    volunteer: str = "auto"
+    reservations: int = 0
+    circuits: int = 0
+    max_bytes_per_second: float = 0.0
+
+
 class PathMtu(msgspec.Struct, frozen=True):
     """What the kernel knows of the route to a peer's address.
 
@@ -298,6 +316,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     reachability: Reachability | None = None
     port_mapping: PortMapping | None = None
     relays: Relays | None = None
+    relaying: Relaying | None = None
     udp: Literal["answered", "blocked", "silent"] | None = None
     ipv6: tuple[str, ...] | None = None
     mtus: tuple[PathMtu, ...] | None = None

@@ -12,6 +12,7 @@ from nat.doctor.findings import (
     milliseconds,
     not_measured,
     ok,
+    rate,
     warn,
 )
 
@@ -145,6 +146,27 @@ def _spared(members: Members | None) -> str:
     if members is None or members.away or not members.connected:
         return ""
     return f"; {len(members.connected)} of {len(members.connected)} connected without"
+
+
+def relaying(facts: Facts) -> Finding:
+    """Say what we do for others; it is nobody's fault whatever it is."""
+    name, mine = "relaying", facts.relaying
+    if mine is None:
+        return not_measured(name, "join a mesh: then this peer may relay")
+    if not mine.active:
+        why = {
+            "never": "nat.relay.volunteer=never",
+            "auto": "the internet does not reach this peer, as far as is known",
+        }.get(mine.volunteer, mine.volunteer)
+        return ok(name, f"not for others: {why}")
+    limit = (
+        f" of {rate(mine.max_bytes_per_second)}" if mine.max_bytes_per_second else ""
+    )
+    return ok(
+        name,
+        f"for others: {counted(mine.reservations, 'reservation')}, "
+        f"{counted(mine.circuits, 'circuit')}, within a budget{limit}",
+    )
 
 
 def mtu(facts: Facts) -> Finding:

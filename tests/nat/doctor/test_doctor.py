@@ -19,6 +19,7 @@ from nat.doctor.facts import (
     Punched,
     Reachability,
     Refusal,
+    Relaying,
     Relays,
     Remembered,
     Rendezvous,
@@ -58,6 +59,7 @@ WELL = Facts(
     reachability=CONE,
     port_mapping=PortMapping(mapped=("203.0.113.9:4001",), method="upnp"),
     relays=Relays(held=(Reservation("r1", 0.021, 3000), Reservation("r2", 0.043))),
+    relaying=Relaying(active=False),
     udp="answered",
     ipv6=("2a00::7",),
     mtus=(PathMtu("bob", 1500, 1448), PathMtu("eve", 1400, 1348)),
@@ -96,6 +98,8 @@ ok    nat             one mapping for all destinations at 203.0.113.9:4001: \
 punching works
 ok    port-mapping    203.0.113.9:4001 by upnp
 ok    relay           slots at r1 21 ms, r2 43 ms
+ok    relaying        not for others: the internet does not reach this peer, as far \
+as is known
 ok    mtu             1400 B (segments of 1348 B) to eve
 ok    bootstraps      1 of 1 answer
 ok    members         2 of 2 connected
@@ -155,6 +159,8 @@ the provider for a public address, or use IPv6
 warn  relay           slot at r1 only (E_RELAY_FEW)
                       next: a second relay: on a member with a public address, run \
 `fabric up --relay-ok`
+warn  relaying        not measured (E_NOT_MEASURED)
+                      next: join a mesh: then this peer may relay
 warn  mtu             not measured (E_NOT_MEASURED)
                       next: connect with a member directly
 warn  bootstraps      not measured (E_NOT_MEASURED)
@@ -319,6 +325,17 @@ def case(name, status, code, words, **facts):
             *("fail", "E_NO_RELAY", "full; private, and not connected with eve"),
             relays=NO_RELAY,
             members=ALONE_BUT_ONE,
+        ),
+        case(
+            "relaying",
+            *("ok", "OK", "2 reservations, 1 circuit, within a budget of 20 Mbit/s"),
+            relaying=Relaying(
+                active=True, reservations=2, circuits=1, max_bytes_per_second=2.5e6
+            ),
+        ),
+        case(
+            *("relaying", "ok", "OK", "volunteer=never"),
+            relaying=Relaying(active=False, volunteer="never"),
         ),
         case("relay", "warn", "E_NO_RELAY", "2 of 2 connected", relays=NO_RELAY),
         case(

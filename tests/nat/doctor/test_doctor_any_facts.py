@@ -22,6 +22,7 @@ from nat.doctor.facts import (
     Punched,
     Reachability,
     Refusal,
+    Relaying,
     Relays,
     Remembered,
     Rendezvous,
@@ -107,6 +108,13 @@ any_facts = st.builds(
         held=tuples(st.builds(Reservation, words, st.none() | st.floats(0, 9))),
         wanted=st.integers(0, 3),
         refused=tuples(st.tuples(words, st.builds(Refusal, words, words))),
+    ),
+    relaying=st.none()
+    | st.builds(
+        Relaying,
+        active=st.booleans(),
+        volunteer=st.sampled_from(["auto", "always", "never"]),
+        max_bytes_per_second=rates,
     ),
     udp=st.sampled_from([None, "answered", "blocked", "silent"]),
     ipv6=st.none() | tuples(words),
