@@ -1,8 +1,12 @@
 """doctor, ping, peers and why against real daemons."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fabric.app.client import connect
+from fabric.core.errors import FabricError
 from sims.local import wait_until
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
@@ -59,6 +63,38 @@ def test_ping_and_peers_show_paths(fabric, homes):
     assert "direct" in fabric("peers", "--home", a).out
     status = fabric("status", "--home", a, "--json").json
     assert status["peers"][0]["up_mbit"] is None  # nothing was measured yet
+
+
+def test_flags_of_up_take_effect(fabric, homes, short_dir):
+    refused = fabric("up", "--home", short_dir / "dora", "--budget", "20Mbit,vram=80%")
+    assert refused.code == 2
+    assert "E_BUDGET_PART" in refused.err
+    assert "next: " in refused.err
+    a, _ = homes
+    home = short_dir / "cleo"
+    flags = ("--listen", "/ip4/127.0.0.1/tcp/0", "--relay-ok", "--budget", "20Mbit")
+    argv = [sys.executable, "-m", "fabric.app.cli", "up", "--home", str(home), *flags]
+    with (short_dir / "cleo.log").open("w") as log:
+        daemon = subprocess.Popen(argv, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: answers(home), SOON, "cleo to be up")
+        connect(home).join(connect(a).invite())
+        found = findings(fabric("doctor", "--home", home, "--json"))
+        assert found["relaying"]["detail"].startswith("for others: ")
+        assert found["relaying"]["detail"].endswith("budget of 20 Mbit/s")
+        connect(home).leave()
+        assert fabric("down", "--home", home).code == 0
+        assert daemon.wait(SOON) == 0
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+def answers(home):
+    try:
+        return connect(home).status().state == "no mesh"
+    except FabricError:
+        return False
 
 
 def test_refusals(fabric, homes, short_dir):
