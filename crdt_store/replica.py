@@ -288,6 +288,11 @@ class Replica:
             del self._future[entry.id]
             self._offer(entry, now, None)
 
+    def next_tick(self) -> float:
+        """Return the wall seconds before which :meth:`tick` does nothing."""
+        held = min((e.seconds for e in self._future.values()), default=math.inf)
+        return min(self.slots.next_due(), held - MAX_FUTURE_SECONDS)
+
     def take_changes(self) -> Changes:
         """Return and forget what the disk does not hold yet."""
         changes, self._changes = self._changes, Changes()

@@ -53,10 +53,11 @@ class SyncSchedule:
         chosen: list[PeerId] = []
         self._seen &= connected
         for peer in sorted(connected - self._seen):
-            if self._has_room():
-                self._seen |= {peer}
-                if peer not in self._running:
-                    chosen.append(self._begin(peer))
+            if not self._has_room():
+                break
+            self._seen |= {peer}
+            if peer not in self._running:
+                chosen.append(self._begin(peer))
         if now >= self.next_round:
             self.next_round = now + self.period(num_members)
             idle = sorted(connected - self._running)

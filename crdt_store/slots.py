@@ -7,6 +7,7 @@ order, repetition and grouping of deliveries do not matter.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from enum import Enum
@@ -116,6 +117,10 @@ class Slots:
         _, entry_id, slot = deadline
         held = self._held.get(slot)
         return held if held is not None and held.id == entry_id else None
+
+    def next_due(self) -> float:
+        """Return the wall seconds before which :meth:`due` yields nothing."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
 
     def due(self, now: float) -> Iterator[tuple[Entry, bool]]:
         """Yield each current entry that fades (False) or expires (True) by ``now``."""

@@ -112,6 +112,7 @@ class Simulation:
         self._build(self._founding)
         self.drama.plan()
         self.engine.after(self.scenario.sample_seconds, self._sample)
+        self.mesh.run_expiry()
         self.engine.run(self.scenario.fault_seconds)
         self._settle()
         self._judge()
@@ -123,6 +124,7 @@ class Simulation:
         entries = [self.library.signed(entry) for entry in founding.entries]
         if scenario.converged_start:
             entries += [self.library.signed(e) for e in first_records(founding)]
+        pattern = self._pattern(entries)
         for number, signer in enumerate(founding.signers):
             rng = self._stream(f"peer-{number}")
             node = Node(
@@ -136,9 +138,20 @@ class Simulation:
             node.skew = (2 * skews.random() - 1) * scenario.clocks.skew_seconds
             self.mesh.add(node)
             if number not in self._late:
-                node.storage.write(entries, ())
-                node.start(0.0, self.mesh.num_members)
+                node.start_as(pattern, 0.0, self.mesh.num_members)
                 self.mesh.online(node)
+
+    def _pattern(self, entries: list[SharedEntry]) -> Node:
+        """Return a peer outside the mesh that holds ``entries``, for others to copy."""
+        founding, scenario = self._founding, self.scenario
+        signer = key(self.seed, "pattern")
+        node = Node(
+            -1, signer, founding.mesh, scenario.store, self.library, self._stream("pat")
+        )
+        node.storage.write(entries, ())
+        node.start(0.0, self.mesh.num_members)
+        node.replica.authority.members(node.wall(0.0))  # so that all share the answers
+        return node
 
     def _settle(self) -> None:
         """Go on until everybody agrees, or the time for it is over."""

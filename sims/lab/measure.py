@@ -101,11 +101,13 @@ def form_and_measure(
 
     with ThreadPoolExecutor(1, "form") as pool:
         forming = pool.submit(lab.form, (), note)
-        results = measure_pairs(
-            lab, all_pairs(lab.hosts), joined, patience_seconds, forming.done
-        )
-        forming.result()
-    return results
+
+        def formed() -> bool:
+            # raises why somebody could not join, which ends the measurement
+            return forming.done() and bool(forming.result())
+
+        pairs = all_pairs(lab.hosts)
+        return measure_pairs(lab, pairs, joined, patience_seconds, formed)
 
 
 def measure_pairs(

@@ -18,6 +18,7 @@ from fabric.core.errors import RemoteProtocolError
 from sims.engine.queue import Engine
 from sims.model.attacks import KINDS, Attacker
 from sims.model.scenario import Scenario
+from sims.peers.churn import Churn
 from sims.peers.mesh import Mesh
 from sims.peers.node import Node
 
@@ -68,6 +69,14 @@ class Drama:
         self._plan_restarts()
         self._plan_trust()
         self._plan_clocks()
+        Churn(
+            self.scenario,
+            self.engine,
+            self.mesh,
+            self.stream("churn"),
+            self.kill,
+            self.restart,
+        ).plan()
         self.engine.at(self._end, self._heal)
 
     def _live(self) -> list[Node]:
@@ -164,7 +173,6 @@ class Drama:
         """End ``node`` at once, if it runs."""
         if self.mesh.network.online[node.number]:
             self.mesh.offline(node)
-            self.mesh.look_soon()
 
     def restart(self, node: Node) -> None:
         """Bring ``node`` back from its disk, if it is down."""

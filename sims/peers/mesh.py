@@ -7,9 +7,11 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from crdt_store.config import StoreConfig
 from crdt_store.entry import Entry
 from crdt_store.messages import PUSH
 from crdt_store.outcome import Outcome
+from crdt_store.schedule import MAX_RUNNING
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import PeerId
 from sims.engine.event_log import EventLog
@@ -19,6 +21,7 @@ from sims.model.network import Network
 from sims.peers.exchange import Exchange
 from sims.peers.node import Node
 
+_EXPIRY_SECONDS = StoreConfig().connect_poll_seconds
 _DIAL_SECONDS = 0.5
 """The daemon looks for missing connections this often."""
 
@@ -79,8 +82,6 @@ class Mesh:
         self.log.write(self.engine.now, f"up {node.number}")
         generation = node.generation
         self.engine.after(node.poll_phase, self._look, node, generation)
-        if node.poll_phase >= 0:
-            self._plan_expiry(node, generation)
 
     def offline(self, node: Node) -> None:
         """End ``node`` as kill -9 does."""
@@ -141,9 +142,13 @@ class Mesh:
         if node.generation != generation:
             return
         self.calls["schedule"] += 1
-        connected = self.connected(node)
-        for peer in node.schedule.due(self.engine.now, connected, self.num_members):
+        connected, now = self.connected(node), self.engine.now
+        chosen = node.schedule.due(now, connected, self.num_members)
+        for peer in chosen:
             self._begin(node, self.nodes[self._numbers[peer]])
+        if len(chosen) >= MAX_RUNNING:  # there may be more: look at the next poll
+            poll = node.config.connect_poll_seconds
+            self.engine.after(poll, self._consult, node, generation)
 
     def _begin(self, node: Node, partner: Node) -> None:
         self.calls["session"] += 1
@@ -228,13 +233,10 @@ class Mesh:
 
     # --- expiry
 
-    def _plan_expiry(self, node: Node, generation: int) -> None:
-        self.engine.after(
-            node.config.connect_poll_seconds, self._expire, node, generation
-        )
-
-    def _expire(self, node: Node, generation: int) -> None:
-        if node.generation == generation:
-            self.calls["expire"] += 1
-            node.expire(self.engine.now)
-            self._plan_expiry(node, generation)
+    def run_expiry(self) -> None:
+        """Have all peers drop what is too old, once per poll."""
+        online, now = self.network.online, self.engine.now
+        for node in self.nodes:
+            if online[node.number]:
+                node.expire(now)
+        self.engine.after(_EXPIRY_SECONDS, self.run_expiry)

@@ -22,6 +22,7 @@ from crdt_store.replica import MAX_REDEMPTION_AGE_SECONDS, Replica
 from crdt_store.schedule import SyncSchedule
 from fabric.core.ids import PeerId
 from fabric.core.signing import Signer
+from sims.peers.fork import fork_replica, fork_storage
 from sims.peers.library import Library
 
 EPOCH = 1_700_000_000.0
@@ -43,6 +44,7 @@ class Node:
         replica: The state, while it runs.
         storage: Its disk: survives crashes.
         skew: Seconds by which its clock is ahead.
+        tick_at: Wall seconds of the next thing to expire or to judge again.
         version: Grows with every change of what it offers.
         barred: Whether it was revoked, as this run knows.
         outcomes: What became of the entries offered to it.
@@ -66,6 +68,7 @@ class Node:
         "signer",
         "skew",
         "storage",
+        "tick_at",
         "uncommitted",
         "version",
     )
@@ -89,6 +92,7 @@ class Node:
         self.storage = MemoryStorage()
         self.skew = 0.0
         self.version = 0
+        self.tick_at = 0.0
         self.generation = 0
         self.barred = False
         self.outcomes: Counter[Outcome] = Counter()
@@ -123,6 +127,12 @@ class Node:
         self.replica.take_changes()
         self.attach(now, num_members)
 
+    def start_as(self, original: Node, now: float, num_members: int) -> None:
+        """Come up with the state and disk of ``original``, which must not change."""
+        self.storage = fork_storage(original.storage)
+        self.replica = fork_replica(original.replica, self.signer.public_key)
+        self.attach(now, num_members)
+
     def attach(self, now: float, num_members: int) -> None:
         """Come up with the replica as it is."""
         mark = self.replica.clock.last
@@ -132,6 +142,7 @@ class Node:
         self.uncommitted.clear()
         self.generation += 1
         self.version += 1
+        self.tick_at = self.replica.next_tick()
 
     # --- our own writes
 
@@ -161,6 +172,7 @@ class Node:
             if self.replica.commit_own(entry, self.wall(now)):
                 self.pushes.add(entry, now)
         self.version += 1
+        self.tick_at = self.replica.next_tick()
         return waiting
 
     def flush(self, own: Iterable[Entry] = ()) -> None:
@@ -192,15 +204,20 @@ class Node:
         )
         if malformed:
             outcomes[Outcome.MALFORMED] += malformed
-        self.outcomes += outcomes
+        self.outcomes.update(outcomes)
         if outcomes[Outcome.ACCEPTED]:
             self.version += 1
             self.flush()
+        if outcomes[Outcome.ACCEPTED] or outcomes[Outcome.HELD]:
+            self.tick_at = self.replica.next_tick()
         return outcomes
 
     def expire(self, now: float) -> None:
-        """Drop what is too old and judge what is now due."""
+        """Drop what is too old and judge what is now due, if anything is."""
+        if self.wall(now) < self.tick_at:
+            return
         self.replica.tick(self.wall(now))
+        self.tick_at = self.replica.next_tick()
         if self.replica.take_touched():
             self.version += 1
             self.flush()
