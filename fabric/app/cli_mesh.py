@@ -98,7 +98,8 @@ def status(*, home: Path | None = None, json: bool = False) -> None:
         show_json(view)
         return
     mesh = f"{view.mesh_name} ({view.mesh[:8]})" if view.mesh else "no mesh"
-    show_text(f"mesh {mesh}  {view.state}  you {view.name} {view.peer} {view.role}")
+    show_text(f"mesh {mesh}  {view.state}")
+    show_text(f"you  {view.name} {view.peer} {view.role}".rstrip())
     show_table(
         ("PEER", "NAME", "ROLE", "ALIVE", "PATH", "RTT", "UP", "DOWN", "TRUST", "NOTE"),
         (
@@ -109,13 +110,14 @@ def status(*, home: Path | None = None, json: bool = False) -> None:
                 p.liveness,
                 p.path if p.connected else "-",
                 milliseconds(p.rtt_ms),
-                mbit(p.up_mbit),
-                mbit(p.down_mbit),
-                p.trust,
+                mbit(p.up_mbit) or "-",
+                mbit(p.down_mbit) or "-",
+                p.trust.removeprefix("trusted (").removesuffix(")"),
                 p.note,
             )
             for p in view.peers
         ),
+        optional=("NOTE",),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import TextWrapper
 
 import cyclopts
 
@@ -12,12 +13,15 @@ from fabric.app.cli_output import (
     show_json,
     show_table,
     show_text,
+    terminal_width,
 )
 from fabric.app.client import connect
 from fabric.app.control_messages import PingView
 from fabric.core.ids import short
 from nat.doctor.findings import Finding
 
+INDENT = " " * 22
+"""Under the details of a finding."""
 FAILED, NOT_CONNECTED = 1, 3
 """Exit codes of ``fabric doctor``; 0 when nothing fails."""
 WATCH_SECONDS = 1.0
@@ -41,17 +45,32 @@ def doctor(
         if json:
             show_json(finding)
         else:
-            show_text(finding_text(finding))
+            show_text(finding_text(finding, terminal_width()))
     if status := exit_status(findings):
         raise SystemExit(status)
 
 
-def finding_text(finding: Finding) -> str:
-    """Return a finding for people: one line, and a second when there is a next step."""
+def finding_text(finding: Finding, width: int = 0) -> str:
+    """Return a finding for people: one line, and a second when there is a next step.
+
+    Args:
+        finding: What was found.
+        width: Columns to wrap at; 0 for none, as scripts like it.
+    """
     line = f"{finding.status:4}  {finding.name:15} {finding.detail}"
-    if finding.status == "ok":
-        return line
-    return f"{line} ({finding.code})\n{'':6}{'':15} next: {finding.next_step}"
+    lines = [line if finding.status == "ok" else f"{line} ({finding.code})"]
+    if finding.status != "ok":
+        lines.append(f"{INDENT}next: {finding.next_step}")
+    if width <= 2 * len(INDENT):
+        return "\n".join(lines)
+    wrap = TextWrapper(
+        width,
+        subsequent_indent=INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+    return "\n".join(wrap.fill(text) for text in lines)
 
 
 def exit_status(findings: list[Finding]) -> int:
@@ -105,6 +124,18 @@ def _short(ms: float) -> str:
     return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.2f} ms"
 
 
+def short_addr(addr: str) -> str:
+    """Return a multiaddr as people write it: "ip:port", "via RELAY", or as it is."""
+    direct, circuit, _ = addr.partition("/p2p-circuit")
+    if circuit:
+        return f"via {short(direct.rpartition('/p2p/')[2])}"
+    parts = addr.split("/")
+    if len(parts) > 4 and parts[3] == "tcp":
+        host = f"[{parts[2]}]" if parts[1] == "ip6" else parts[2]
+        return f"{host}:{parts[4]}"
+    return addr.rpartition("/p2p/")[0] or addr
+
+
 def peers(*, all: bool = False, home: Path | None = None, json: bool = False) -> None:
     """List the other members that are there: paths, links, versions, addresses.
 
@@ -143,11 +174,12 @@ def peers(*, all: bool = False, home: Path | None = None, json: bool = False) ->
                 mbit(row.up_mbit),
                 mbit(row.down_mbit),
                 row.version,
-                row.addrs[0].rpartition("/p2p/")[0] if row.addrs else None,
+                short_addr(row.addrs[0]) if row.addrs else None,
                 row.note,
             )
             for row in rows
         ),
+        optional=("UP", "DOWN", "NOTE"),
     )
 
 
