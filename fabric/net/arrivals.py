@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 import trio
@@ -25,7 +25,7 @@ from fabric.core.errors import (
     Unavailable,
 )
 from fabric.core.framing import encode_frame
-from fabric.core.telemetry import DROPPED, PROTOCOL_ERRORS, Counters
+from fabric.core.telemetry import BUGS, DROPPED, PROTOCOL_ERRORS, Counters
 from fabric.net.data_config import DataConfig
 from fabric.net.offers import (
     LABEL_BYTES,
@@ -199,6 +199,12 @@ class Arrivals:
             logger.info("data.refused reason=%s", exc.reason)
         except FabricError as exc:
             logger.info("data.failed code=%s reason=%s", exc.code, exc.reason)
+        except Exception:
+            # a stranger's connection must not end the daemon
+            self._counters.add(BUGS)
+            logger.exception("data.bug")
+            if self._config.rpc.raise_bugs:
+                raise
         finally:
             await trio.aclose_forcefully(stream)
 
@@ -219,6 +225,9 @@ class _HandedOver(trio.abc.Listener[trio.SocketStream]):
 
     @override
     async def aclose(self) -> None:
+        with suppress(trio.WouldBlock):
+            while True:  # nobody will accept these
+                self._receive.receive_nowait().close()
         self._receive.close()
         await trio.lowlevel.checkpoint()
 

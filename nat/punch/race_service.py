@@ -114,6 +114,7 @@ class PunchRace:
         self._new_schedule = partial(RetrySchedule, config, rng, rtt, side)
         self._unproven = 0
         self._nursery: trio.Nursery | None = None
+        self._open = False
         self.winner: trio.socket.SocketType | None = None
         self.tries = 0
 
@@ -134,6 +135,7 @@ class PunchRace:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await nursery.start(self._stay_open)
                 for listener in self._listeners:
                     nursery.start_soon(self._accept, listener)
                 for target in targets:
@@ -163,11 +165,25 @@ class PunchRace:
 
         Returns whether there is still a race for it and room in it.
         """
-        if self._nursery is None or self._unproven >= self._config.max_accepted:
+        full = self._unproven >= self._config.max_accepted
+        if self._nursery is None or not self._open or full:
             return False
         taken = trio.socket.from_stdlib_socket(sock)
         self._nursery.start_soon(self._prove, taken)
         return True
+
+    async def _stay_open(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Take what is offered until the race is called off.
+
+        A nursery whose tasks have ended takes no more, a moment before its owner runs
+        again; whoever offers in between must be told no.
+        """
+        self._open = True
+        try:
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            self._open = False
 
     async def _accept(self, listener: trio.socket.SocketType) -> None:
         while True:

@@ -23,10 +23,13 @@ class RelayConfig(
     max_reservations: int = 128
     max_reservations_per_ip: int = 16
     """A household or an office; one more address costs an attacker more than that."""
-    max_circuits: int = 64
-    """In all. Each can hold twice the host's ``window_bytes`` in memory."""
-    max_circuits_per_peer: int = 16
-    """With one peer at either end: control, RPC and a few workers' connections."""
+    max_circuits: int = 256
+    """In all. Each can hold twice the host's ``window_bytes`` in memory, if its ends
+    mean to; an idle one holds some kilobytes."""
+    max_circuits_per_peer: int = 96
+    """With one peer at either end. One whose NAT nothing crosses has two with every
+    other member, control and RPC, and four while both dial at once; half of them are
+    at another relay."""
     circuit_seconds: int = 0
     """Longest life of a member's circuit; 0 is no limit."""
     circuit_bytes: int = 0

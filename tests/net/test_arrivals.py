@@ -6,8 +6,8 @@ import pytest
 import trio
 
 from fabric.core.framing import FrameReader
-from fabric.core.telemetry import Counters
-from fabric.net.arrivals import Arrivals
+from fabric.core.telemetry import BUGS, DROPPED, Counters
+from fabric.net.arrivals import HANDED_OVER, Arrivals
 from fabric.net.data_config import DataConfig
 from fabric.net.offers import OBSERVE_LABEL
 
@@ -19,6 +19,9 @@ class Desk:
         self.taken = []
 
     def claim(self, label, sock):
+        if label == b"b" * 16:
+            sock.close()
+            raise RuntimeError("a bug of ours")
         if label != b"n" * 16:
             return False
         self.taken.append((label, "claimed"))
@@ -36,7 +39,8 @@ class Desk:
 @pytest.fixture
 async def arrivals():
     async with trio.open_nursery() as nursery:
-        made = Arrivals(DataConfig(), Desk(), Counters())
+        made = Arrivals(DataConfig(), Desk(), counters := Counters())
+        made.counted = counters.snapshot
         bound = trio.Event()
         nursery.start_soon(made.listen, bound.set)
         with trio.fail_after(5):
@@ -95,3 +99,28 @@ async def test_a_spare_that_stays_silent_ends_at_its_own_deadline(arrivals):
     assert ours.recv(1) == b""
     assert arrivals.pending == 0
     ours.close()
+
+
+async def test_a_bug_of_ours_ends_one_connection_and_not_the_daemon(arrivals):
+    stream = await trio.open_tcp_stream(*arrivals.bound)
+    await stream.send_all(b"b" * 16)
+    assert await stream.receive_some() == b""
+    await stream.aclose()
+    assert arrivals.counted()[BUGS] == 1
+    await test_an_observer_says_where_a_connection_comes_from(arrivals)
+
+
+async def test_more_than_fits_is_dropped_where_another_listener_hands_over(arrivals):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        dials = [socket.create_connection(address) for _ in range(HANDED_OVER + 2)]
+        pairs = [(dial, server.accept()[0]) for dial in dials]
+    # no task runs in between, but one is waiting for the first
+    for _, theirs in pairs:
+        theirs.setblocking(False)
+        arrivals.take(theirs)
+    pairs[-1][0].settimeout(1)
+    assert pairs[-1][0].recv(1) == b""
+    assert arrivals.counted()[f"{DROPPED}:pending_connections"] == 1
+    for ours, _ in pairs:
+        ours.close()
