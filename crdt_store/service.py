@@ -21,6 +21,7 @@ from crdt_store.administration import Administration
 from crdt_store.clock import MAX_FUTURE_SECONDS
 from crdt_store.commit_service import Committer, Disk
 from crdt_store.config import StoreConfig
+from crdt_store.documents.service import Documents
 from crdt_store.entry import Entry
 from crdt_store.gossip_service import Gossip, topic_of
 from crdt_store.grants import GRANT_PREFIX, REDEMPTION_PREFIX, Mesh
@@ -63,6 +64,7 @@ class Store:
         admin: Invites, grants and revocations.
         liveness: Who is there now; from probes, never stored.
         members, jobs, assignments, heads, placements, links, verdicts: Typed tables.
+        documents: Written by several, such as a job's board.
     """
 
     def __init__(
@@ -145,6 +147,9 @@ class Store:
         self.heads = Heads(slots, put, watch, me)
         self.placements = Placements(slots, put, watch, me)
         self.links = Links(slots, put, watch, me)
+        self.documents = Documents(
+            slots, put, watch, me, clock=self._clock, counters=self._counters
+        )
         self.verdicts = Verdicts(
             slots,
             put,

@@ -1,0 +1,1 @@
+"""Documents that several authorised peers write: pycrdt above signed slots."""
