@@ -38,6 +38,11 @@ def encode_varint(value: int) -> bytes:
     return bytes(out)
 
 
+def delimited(message: bytes) -> bytes:
+    """Return ``message`` behind its length as a varint."""
+    return encode_varint(len(message)) + message
+
+
 def encode_message(fields: Iterable[tuple[int, Value | None]]) -> bytes:
     """Return the message of ``fields``: (number, value); None leaves a field out.
 

@@ -27,6 +27,7 @@ from fabric.core.protobuf import (
     decode_varint_untrusted,
     last_bytes,
 )
+from fabric.net.delimited import receive_message_untrusted
 from fabric.net.libp2p_host import Libp2pHost
 from fabric.net.libp2p_stream import Libp2pStream, reset
 from fabric.net.offers import format_address
@@ -80,9 +81,7 @@ async def identify(host: Libp2pHost, peer: PeerId) -> Identified:
         raise Unavailable(f"{short(peer)} left: {exc}") from exc
     try:
         await _agree(raw, peer)
-        data = await _receive(Libp2pStream(raw))
-    except trio.BrokenResourceError as exc:
-        raise Unavailable(f"{short(peer)} broke off: {exc}") from exc
+        data = await receive_message_untrusted(Libp2pStream(raw), MAX_MESSAGE_BYTES)
     finally:
         reset(raw)
     return msgspec.structs.replace(decode_identify_untrusted(data), connection=info)
@@ -107,26 +106,6 @@ async def _agree(stream: INetStream, peer: PeerId) -> None:
         )
     except MultiselectClientError as exc:
         raise RemoteRefused(f"{short(peer)} does not identify itself: {exc}") from exc
-
-
-async def _receive(stream: Libp2pStream) -> bytes:
-    """Return one message, which its length precedes."""
-    data = bytearray()
-    while more := await stream.receive_some(MAX_MESSAGE_BYTES):
-        data += more
-        if (message := _complete(data)) is not None:
-            return message
-    raise RemoteProtocolError("identify message is truncated")
-
-
-def _complete(data: bytearray) -> bytes | None:
-    head = bytes(data[:_MAX_LENGTH_BYTES])
-    if len(head) < _MAX_LENGTH_BYTES and all(byte & 0x80 for byte in head):
-        return None  # inside the length
-    size, start = decode_varint_untrusted(head)
-    if size > MAX_MESSAGE_BYTES:
-        raise RemoteProtocolError(f"identify message of {size} B")
-    return bytes(data[start : start + size]) if len(data) >= start + size else None
 
 
 def decode_identify_untrusted(data: bytes) -> Identified:

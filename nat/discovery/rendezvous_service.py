@@ -17,8 +17,8 @@ from fabric.core.errors import (
     Unavailable,
 )
 from fabric.core.ids import PeerId, short
-from fabric.core.protobuf import decode_varint_untrusted, encode_varint
 from fabric.core.signing import Signer
+from fabric.net.delimited import MessageStream
 from fabric.net.host import Host
 from nat.discovery.rendezvous import (
     DEFAULT_TTL_SECONDS,
@@ -58,8 +58,6 @@ ANSWER_SECONDS = 10.0
 MAX_REQUESTS_PER_STREAM = 16
 MAX_STREAMS = 64
 """Clients served at once; each holds at most one request and one answer."""
-MAX_LENGTH_BYTES = 5
-"""A length below 2**35 has at most five bytes."""
 E_RENDEZVOUS = "E_RENDEZVOUS"
 
 
@@ -102,9 +100,10 @@ class PointService:
 
     async def _serve_one(self, peer: PeerId, channel: MessageStream) -> bool:
         """Answer one request; return whether another may follow."""
-        data = await channel.receive_untrusted()
-        if data is None:
-            return False
+        try:
+            data = await channel.receive_untrusted()
+        except Unavailable:
+            return False  # it has no more to ask
         request = decode_request_untrusted(data)
         member = self._is_member(peer)
         now = trio.current_time()
@@ -195,60 +194,9 @@ class RendezvousClient:
                     data = await channel.receive_untrusted()
         except trio.TooSlowError as exc:
             raise PeerTimeout(f"{short(point)} gave no answer") from exc
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise Unavailable(f"{short(point)} broke the stream") from exc
-        if data is None:
-            raise Unavailable(f"{short(point)} ended the stream without an answer")
+        except Unavailable as exc:
+            raise Unavailable(f"{short(point)} gave no answer: {exc.reason}") from exc
         return decode_response_untrusted(data)
-
-
-class MessageStream:
-    """Messages on a stream, each after its length as a varint.
-
-    Args:
-        stream: Of bytes.
-        max_bytes: Largest message received.
-    """
-
-    def __init__(self, stream: trio.abc.Stream, max_bytes: int) -> None:
-        self._stream = stream
-        self._max = max_bytes
-        self._buffer = bytearray()
-
-    async def send(self, message: bytes) -> None:
-        """Send one message."""
-        await self._stream.send_all(encode_varint(len(message)) + message)
-
-    async def receive_untrusted(self) -> bytes | None:
-        """Return the next message, or None at the end of the stream.
-
-        Raises:
-            RemoteProtocolError: too long, or the stream ends inside.
-        """
-        while (ends := self._ends_untrusted()) is None or ends[1] > len(self._buffer):
-            if not await self._fill():
-                if self._buffer:
-                    raise RemoteProtocolError("the stream ends inside a message")
-                return None
-        start, end = ends
-        message = bytes(self._buffer[start:end])
-        del self._buffer[:end]
-        return message
-
-    def _ends_untrusted(self) -> tuple[int, int] | None:
-        """Return where the next message starts and ends, or None if not known yet."""
-        head = bytes(self._buffer[:MAX_LENGTH_BYTES])
-        if all(byte & 0x80 for byte in head) and len(head) < MAX_LENGTH_BYTES:
-            return None
-        size, start = decode_varint_untrusted(head)
-        if size > self._max:
-            raise RemoteProtocolError(f"message of {size} B > {self._max} B")
-        return start, start + size
-
-    async def _fill(self) -> bool:
-        data = await self._stream.receive_some(65536)
-        self._buffer += data
-        return bool(data)
 
 
 def _check_status(point: PeerId, status: Status, text: str) -> None:

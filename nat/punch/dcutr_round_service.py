@@ -18,6 +18,7 @@ import trio
 from fabric.core.errors import FabricError, NoRoute, RemoteProtocolError, Unavailable
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import REFUSALS, Counters
+from fabric.net.delimited import receive_message_untrusted
 from fabric.net.offers import format_address
 from fabric.net.socket_options import set_liveness
 from fabric.net.traversal_api import ConnectionInfo, ConnectionKind, TraversalHost
@@ -34,7 +35,6 @@ from nat.punch.messages import (
     PROTOCOL_DCUTR,
     SYNC,
     HolePunch,
-    cut_hole_punch_untrusted,
     decode_hole_punch_untrusted,
     encode_hole_punch,
 )
@@ -235,17 +235,10 @@ class _Reader:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self._buffer = b""
 
     async def receive_untrusted(self, kind: int) -> HolePunch:
         """Return the next message, which must be of type ``kind``."""
-        while (cut := cut_hole_punch_untrusted(self._buffer)) is None:
-            data = await self._stream.receive_some(MAX_DCUTR_BYTES)
-            if not data:
-                raise Unavailable("the peer ended the upgrade")
-            self._buffer += data
-        body, end = cut
-        self._buffer = self._buffer[end:]
+        body = await receive_message_untrusted(self._stream, MAX_DCUTR_BYTES)
         message = decode_hole_punch_untrusted(body)
         if message.kind != kind:
             raise RemoteProtocolError(f"HolePunch of type {message.kind}, not {kind}")

@@ -26,6 +26,7 @@ from fabric.core.errors import FabricError, NoRoute, RemoteProtocolError, Remote
 from fabric.core.protobuf import (
     all_bytes,
     decode_message_untrusted,
+    delimited,
     decode_varint_untrusted,
     encode_message,
     encode_varint,
@@ -65,7 +66,7 @@ def encode_hole_punch(message: HolePunch) -> bytes:
     """Return ``message`` with its length in front."""
     addrs = [(2, encode_multiaddr(addr)) for addr in message.addrs]
     body = encode_message([(1, message.kind), *addrs])
-    return encode_varint(len(body)) + body
+    return delimited(body)
 
 
 def decode_hole_punch_untrusted(body: bytes) -> HolePunch:
@@ -81,25 +82,6 @@ def decode_hole_punch_untrusted(body: bytes) -> HolePunch:
     if kind not in (CONNECT, SYNC):
         raise RemoteProtocolError(f"HolePunch of type {kind}")
     return HolePunch(kind, decode_multiaddrs_untrusted(all_bytes(fields, 2)))
-
-
-def cut_hole_punch_untrusted(data: bytes) -> tuple[bytes, int] | None:
-    """Return the first body in ``data`` and where it ends, or None if incomplete.
-
-    Raises:
-        RemoteProtocolError: the length is malformed or above MAX_DCUTR_BYTES.
-    """
-    # a varint ends with the first byte below 0x80; three hold every legal length
-    if not any(byte < 0x80 for byte in data[:3]):
-        if len(data) >= 3:
-            raise RemoteProtocolError("HolePunch with an endless length")
-        return None
-    size, start = decode_varint_untrusted(data)
-    if size > MAX_DCUTR_BYTES:
-        raise RemoteProtocolError(f"HolePunch of {size} B > {MAX_DCUTR_BYTES} B")
-    if len(data) < start + size:
-        return None
-    return data[start : start + size], start + size
 
 
 class PunchConnect(msgspec.Struct, frozen=True, tag="connect"):

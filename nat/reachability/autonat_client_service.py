@@ -10,11 +10,13 @@ import trio
 from fabric.core.errors import RemoteProtocolError, RemoteRefused, ResourceExhausted
 from fabric.core.ids import PeerId
 from fabric.core.telemetry import REFUSALS, Counters
+from fabric.net.delimited import MessageStream
 from fabric.net.traversal_api import TraversalHost
 from nat.reachability.autonat import AddressVerdict, AutonatClient, judge_v1
 from nat.reachability.autonat_messages import (
     DATA_CHUNK_BYTES,
     DIAL_BACK_OK,
+    MAX_MESSAGE_BYTES,
     PROTOCOL_DIAL_BACK,
     PROTOCOL_DIAL_REQUEST,
     PROTOCOL_V1,
@@ -29,7 +31,6 @@ from nat.reachability.autonat_messages import (
     encode_dial_v1,
     encode_v2,
 )
-from nat.reachability.autonat_stream_service import MessageStream
 from nat.reachability.config import AutonatConfig
 
 E_NONCE = "E_AUTONAT_NONCE"
@@ -87,7 +88,7 @@ class AutonatAsker:
         try:
             stream = await self._host.open_stream(server, PROTOCOL_DIAL_REQUEST)
             async with stream:
-                messages = MessageStream(stream)
+                messages = MessageStream(stream, MAX_MESSAGE_BYTES)
                 await messages.send(encode_v2(request))
                 response = await self._answer(messages, request)
                 return self._core.judge(request, response)
@@ -115,7 +116,7 @@ class AutonatAsker:
     ) -> tuple[AddressVerdict, ...]:
         stream = await self._host.open_stream(server, PROTOCOL_V1)
         async with stream:
-            messages = MessageStream(stream)
+            messages = MessageStream(stream, MAX_MESSAGE_BYTES)
             request = DialV1(self._host.peer_id, tuple(addresses))
             await messages.send(encode_dial_v1(request))
             data = await messages.receive_untrusted()
@@ -123,7 +124,7 @@ class AutonatAsker:
 
     async def _on_dial_back(self, peer: PeerId, stream: trio.abc.Stream) -> None:
         """Take the nonce of a dial-back."""
-        messages = MessageStream(stream)
+        messages = MessageStream(stream, MAX_MESSAGE_BYTES)
         with trio.move_on_after(self._config.dial_seconds):
             nonce = decode_dial_back_untrusted(await messages.receive_untrusted())
             # which of its connections carries the stream is not known; one that it

@@ -9,12 +9,14 @@ import trio
 
 from fabric.core.errors import NoRoute, RemoteProtocolError, Unavailable
 from fabric.core.ids import PeerId
-from fabric.core.protobuf import encode_varint
+from fabric.core.protobuf import delimited
 from fabric.core.telemetry import REFUSALS, Counters
+from fabric.net.delimited import MessageStream
 from fabric.net.traversal_api import TraversalHost
 from nat.addresses import endpoint_of
 from nat.reachability.autonat import AutonatServer, Target
 from nat.reachability.autonat_messages import (
+    MAX_MESSAGE_BYTES,
     PROTOCOL_DIAL_BACK,
     PROTOCOL_DIAL_REQUEST,
     PROTOCOL_V1,
@@ -33,7 +35,6 @@ from nat.reachability.autonat_messages import (
     encode_response_v1,
     encode_v2,
 )
-from nat.reachability.autonat_stream_service import MessageStream
 from nat.reachability.config import AutonatConfig
 
 E_LIMIT = "E_AUTONAT_LIMIT"
@@ -96,7 +97,7 @@ class AutonatService:
 
     async def _serve(self, peer: PeerId, stream: trio.abc.Stream) -> None:
         """Answer one v2 request."""
-        messages = MessageStream(stream)
+        messages = MessageStream(stream, MAX_MESSAGE_BYTES)
         with trio.move_on_after(self._config.request_seconds):
             request = decode_v2_untrusted(await messages.receive_untrusted())
             if not isinstance(request, DialRequest):
@@ -133,11 +134,10 @@ class AutonatService:
 
     async def _dial(self, peer: PeerId, target: Target, nonce: int) -> DialStatus:
         message = encode_dial_back(nonce)
-        framed = encode_varint(len(message)) + message
         try:
             with trio.fail_after(self._config.dial_seconds):
                 await self._dial_back.tell(
-                    peer, target.ip, target.port, PROTOCOL_DIAL_BACK, framed
+                    peer, target.ip, target.port, PROTOCOL_DIAL_BACK, delimited(message)
                 )
         except (NoRoute, trio.TooSlowError):
             return DialStatus.E_DIAL_ERROR
@@ -147,7 +147,7 @@ class AutonatService:
 
     async def _serve_v1(self, peer: PeerId, stream: trio.abc.Stream) -> None:
         """Answer one v1 request."""
-        messages = MessageStream(stream)
+        messages = MessageStream(stream, MAX_MESSAGE_BYTES)
         with trio.move_on_after(self._config.request_seconds):
             request = decode_dial_v1_untrusted(await messages.receive_untrusted())
             response = await self._respond_v1(peer, request)

@@ -20,6 +20,7 @@ import trio
 from fabric.core.errors import FabricError, RemoteProtocolError, RemoteRefused
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import REFUSALS, Counters
+from fabric.net.delimited import receive_message_untrusted, send_bytes
 from fabric.net.ports import PROTOCOL_OFFER, Gate
 from fabric.net.traversal_api import ConnectionInfo, TraversalHost
 from nat.relay.circuit_streams_service import (
@@ -39,7 +40,6 @@ from nat.relay.messages import (
     decode_stop_untrusted,
     encode_stop,
 )
-from nat.relay.pump_service import receive_message_untrusted, send_message
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +89,11 @@ class InboundCircuits:
             peer = request.peer
             status = self._judge(relay, peer)
             if status != Status.OK:
-                await send_message(stream, encode_stop(StopStatus(status)))
+                await send_bytes(stream, encode_stop(StopStatus(status)))
                 return
         with self._slot(relay, peer):
             with trio.fail_after(self._config.first_bytes_seconds):
-                await send_message(stream, encode_stop(StopStatus(Status.OK)))
+                await send_bytes(stream, encode_stop(StopStatus(Status.OK)))
                 first = await first_bytes_untrusted(stream)
             if first == DATA_PREFIX:
                 await self._serve_data(peer, stream)

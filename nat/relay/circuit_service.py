@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,7 +13,9 @@ import trio
 from fabric.core.errors import FabricError, LocalProtocolError, NoRoute, PeerTimeout
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import Counters
+from fabric.net.delimited import send_bytes
 from fabric.net.host import PeerDisconnected
+from fabric.net.ping import ping
 from fabric.net.ports import Gate
 from fabric.net.traversal_api import ConnectionInfo, TraversalHost
 from nat.history import History, outcome
@@ -32,13 +33,9 @@ from nat.relay.circuit_streams_service import (
 )
 from nat.relay.config import CircuitConfig
 from nat.relay.messages import PROTOCOL_STOP, UNLIMITED, Limit
-from nat.relay.pump_service import break_stream, send_message
+from nat.relay.pump_service import break_stream
 
 log = logging.getLogger(__name__)
-
-PROTOCOL_PING = "/ipfs/ping/1.0.0"
-PING_BYTES = 32
-"""libp2p specs, ping/ping.md."""
 
 OnData = Callable[[PeerId, socket.socket], Awaitable[None]]
 """Owns an inbound data-plane socket; the peer is what the relay claims."""
@@ -168,16 +165,8 @@ class CircuitService:
 
     async def _probe(self, relay: PeerId) -> None:
         await self._reach(relay, self.reservations.addrs_of(relay))
-        async with await self._host.open_stream(relay, PROTOCOL_PING) as stream:
-            started = trio.current_time()
-            await stream.send_all(os.urandom(PING_BYTES))
-            missing = PING_BYTES
-            while missing:
-                data = await stream.receive_some(missing)
-                if not data:
-                    raise NoRoute(f"{short(relay)} does not answer pings")
-                missing -= len(data)
-        self.reservations.on_probed(relay, trio.current_time() - started)
+        seconds = await ping(self._host, relay)
+        self.reservations.on_probed(relay, seconds)
 
     async def _reserve(self, relay: PeerId) -> None:
         await self._reach(relay, self.reservations.addrs_of(relay))
@@ -262,7 +251,7 @@ class CircuitService:
                             next_step="on a member with a public address, run "
                             "`fabric up --relay-ok`",
                         )
-                    await send_message(stream, first)
+                    await send_bytes(stream, first)
                 return stream
         except trio.TooSlowError as exc:
             raise PeerTimeout(

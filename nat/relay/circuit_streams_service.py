@@ -16,6 +16,7 @@ from fabric.core.errors import (
     Unavailable,
 )
 from fabric.core.ids import PeerId, short
+from fabric.net.delimited import receive_message_untrusted, send_bytes
 from fabric.net.traversal_api import TraversalHost
 from nat.relay.messages import (
     MAX_RELAY_MESSAGE_BYTES,
@@ -36,12 +37,7 @@ from nat.relay.messages import (
     encode_stop,
     status_name,
 )
-from nat.relay.pump_service import (
-    break_stream,
-    pump,
-    receive_message_untrusted,
-    send_message,
-)
+from nat.relay.pump_service import break_stream, pump
 
 DATA_PREFIX = b"\x00fabric-data\n"
 """First bytes of a circuit for the data plane.
@@ -81,7 +77,7 @@ async def _ask(
 ) -> tuple[trio.abc.Stream, HopStatus]:
     stream = await host.open_stream(relay, PROTOCOL_HOP)
     try:
-        await send_message(stream, encode_hop(request))
+        await send_bytes(stream, encode_hop(request))
         body = await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)
         answer = decode_hop_untrusted(body)
         if not isinstance(answer, HopStatus):
@@ -104,7 +100,7 @@ async def open_stop(
     """
     stream = await host.open_stream(target, PROTOCOL_STOP)
     try:
-        await send_message(stream, encode_stop(StopConnect(source, limit)))
+        await send_bytes(stream, encode_stop(StopConnect(source, limit)))
         body = await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)
         answer = decode_stop_untrusted(body)
         if not isinstance(answer, StopStatus) or answer.status != Status.OK:

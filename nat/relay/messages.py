@@ -28,6 +28,7 @@ from fabric.core.protobuf import (
     Value,
     all_bytes,
     decode_message_untrusted,
+    delimited,
     encode_message,
     encode_varint,
     last_bytes,
@@ -142,11 +143,11 @@ def encode_hop(message: HopMessage) -> bytes:
     """Return ``message`` with its length in front."""
     match message:
         case HopReserve():
-            return _delimited([(1, _RESERVE)])
+            return _framed([(1, _RESERVE)])
         case HopConnect(peer):
-            return _delimited([(1, _CONNECT), (2, _peer(peer))])
+            return _framed([(1, _CONNECT), (2, _peer(peer))])
         case HopStatus():
-            return _delimited(
+            return _framed(
                 [
                     (1, _STATUS),
                     (3, _reservation(message.reservation)),
@@ -160,16 +161,16 @@ def encode_stop(message: StopMessage) -> bytes:
     """Return ``message`` with its length in front."""
     match message:
         case StopConnect(peer, limit):
-            return _delimited(
+            return _framed(
                 [(1, _STOP_CONNECT), (2, _peer(peer)), (3, _limit(limit))]
             )
         case StopStatus(status):
-            return _delimited([(1, _STOP_STATUS), (4, status)])
+            return _framed([(1, _STOP_STATUS), (4, status)])
 
 
-def _delimited(fields: list[tuple[int, Value | None]]) -> bytes:
+def _framed(fields: list[tuple[int, Value | None]]) -> bytes:
     body = encode_message(fields)
-    return encode_varint(len(body)) + body
+    return delimited(body)
 
 
 def _peer(peer: PeerId) -> bytes:

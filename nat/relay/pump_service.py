@@ -1,8 +1,4 @@
-"""Messages in front of a relayed stream, and the pump that joins two streams.
-
-A hop or stop stream starts with one message each way and then *is* the circuit, so a
-reader takes the message and not a byte more.
-"""
+"""The pump that joins two streams: what a relay does with a circuit."""
 
 from __future__ import annotations
 
@@ -12,13 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import trio
 
-from fabric.core.errors import RemoteProtocolError, Unavailable
-from fabric.core.protobuf import decode_varint_untrusted
-
 PIECE_BYTES = 64 * 1024
 """What the pump holds of one direction."""
-_MAX_LENGTH_BYTES = 3
-"""A length below 2**21."""
 
 
 @runtime_checkable
@@ -36,49 +27,6 @@ async def break_stream(stream: trio.abc.Stream) -> None:
         stream.abort()
     else:
         await trio.aclose_forcefully(stream)
-
-
-async def send_message(stream: trio.abc.Stream, data: bytes) -> None:
-    """Send ``data``, which has its length in front.
-
-    Raises:
-        Unavailable: the stream broke.
-    """
-    try:
-        await stream.send_all(data)
-    except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-        raise Unavailable(f"the stream broke: {exc}") from exc
-
-
-async def receive_message_untrusted(stream: trio.abc.Stream, max_bytes: int) -> bytes:
-    """Return the body of the next message; bound it at the call site.
-
-    Raises:
-        RemoteProtocolError: its length is malformed or above ``max_bytes``.
-        Unavailable: the stream ended or broke before its end.
-    """
-    try:
-        head = b""
-        while not head or head[-1] & 0x80:
-            if len(head) == _MAX_LENGTH_BYTES:
-                raise RemoteProtocolError("message with an endless length")
-            head += await _some(stream, 1)
-        size, _ = decode_varint_untrusted(head)
-        if size > max_bytes:
-            raise RemoteProtocolError(f"message of {size} B > {max_bytes} B")
-        body = b""
-        while len(body) < size:
-            body += await _some(stream, size - len(body))
-    except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-        raise Unavailable(f"the stream broke: {exc}") from exc
-    return body
-
-
-async def _some(stream: trio.abc.Stream, max_bytes: int) -> bytes:
-    data = bytes(await stream.receive_some(max_bytes))
-    if not data:
-        raise Unavailable("the stream ended before its message")
-    return data
 
 
 Take = Callable[[int, int], float]

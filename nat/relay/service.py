@@ -24,6 +24,7 @@ from fabric.core.errors import (
 from fabric.core.ids import PeerId, short
 from fabric.core.signing import Signer
 from fabric.core.telemetry import REFUSALS, SENT_BYTES, Counters
+from fabric.net.delimited import receive_message_untrusted, send_bytes
 from fabric.net.host import PeerDisconnected
 from fabric.net.traversal_api import TraversalHost
 from nat.relay.circuit_streams_service import open_stop
@@ -41,12 +42,7 @@ from nat.relay.messages import (
     decode_hop_untrusted,
     encode_hop,
 )
-from nat.relay.pump_service import (
-    break_stream,
-    pump,
-    receive_message_untrusted,
-    send_message,
-)
+from nat.relay.pump_service import break_stream, pump
 from nat.relay.voucher import seal_voucher
 
 log = logging.getLogger(__name__)
@@ -236,7 +232,7 @@ class RelayService:
             self._counters.add(REFUSALS, label=label)
             answer = HopStatus(status=answer.status)
         with trio.fail_after(self._config.request_seconds):
-            await send_message(stream, encode_hop(answer))
+            await send_bytes(stream, encode_hop(answer))
 
     # one circuit
 

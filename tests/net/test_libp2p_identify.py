@@ -70,7 +70,6 @@ async def test_without_a_connection_it_says_so():
 @pytest.mark.parametrize(
     "answer",
     [
-        b"",
         b"\x05ab",
         b"\xff" * 12,
         b"\xff\xff\xff\x7f" + b"x" * (2 * MAX_MESSAGE_BYTES),
@@ -84,6 +83,17 @@ async def test_a_malformed_answer_is_the_peers_fault(answer):
     async with pair() as (one, two):
         two.basic.set_stream_handler(IDENTIFY_PROTOCOL, lie)
         with pytest.raises(RemoteProtocolError):
+            await identify(one, two.peer_id)
+
+
+@pytest.mark.slow
+async def test_no_answer_is_nobodys_fault():
+    async def silent(stream):
+        await stream.close()
+
+    async with pair() as (one, two):
+        two.basic.set_stream_handler(IDENTIFY_PROTOCOL, silent)
+        with pytest.raises(Unavailable):
             await identify(one, two.peer_id)
 
 

@@ -232,8 +232,7 @@ async def test_malformed_requests_end_the_stream_and_are_counted(sent):
         assert sum(n for name, n in counted.items() if PROTOCOL_ERRORS in name) == 1
 
 
-async def test_silent_clients_hold_a_bounded_number_of_places(monkeypatch):
-    monkeypatch.setattr(rendezvous_service, "REQUEST_SECONDS", 0.3)
+async def test_silent_clients_hold_a_bounded_number_of_places():
     async with host() as point, host() as slow, host() as good:
         service = PointService(point, PointLimits(), lambda peer: False)
         for opened in (slow, good):
@@ -244,11 +243,25 @@ async def test_silent_clients_hold_a_bounded_number_of_places(monkeypatch):
                 for _ in range(MAX_STREAMS + 5)
             ]
             await until(lambda: service.point.refused["BUSY"] == 5)
-            client = RendezvousClient(good, good.test_signer)
-            await until(lambda: service._limiter.borrowed_tokens == 0)
-            assert await client.register(point.peer_id, "s", good.addrs(), 600)
+            assert service._limiter.borrowed_tokens == MAX_STREAMS
             for stream in held:
                 await stream.aclose()
+            await until(lambda: service._limiter.borrowed_tokens == 0)
+            client = RendezvousClient(good, good.test_signer)
+            assert await client.register(point.peer_id, "s", good.addrs(), 600)
+
+
+async def test_a_silent_client_does_not_keep_its_place(monkeypatch):
+    monkeypatch.setattr(rendezvous_service, "REQUEST_SECONDS", 0.3)
+    async with host() as point, host() as slow:
+        service = PointService(point, PointLimits(), lambda peer: False)
+        await slow.connect(point.peer_id, point.addrs())
+        with trio.fail_after(SECONDS):
+            stream = await slow.open_stream(point.peer_id, PROTOCOL_RENDEZVOUS)
+            await stream.send_all(b"\x20")  # and not what it announces
+            assert await stream.receive_some() == b""
+            await until(lambda: service._limiter.borrowed_tokens == 0)
+            await stream.aclose()
 
 
 async def test_killing_the_bootstraps_stops_no_newcomer():

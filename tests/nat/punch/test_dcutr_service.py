@@ -12,15 +12,16 @@ from fabric.net.config import HostConfig
 from fabric.net.libp2p_host import open_host
 from fabric.net.traversal_api import ConnectionInfo
 from nat.multiaddr_bytes import tcp_endpoint
+from fabric.net.delimited import receive_message_untrusted
 from nat.punch.config import PunchConfig
 from nat.punch.dcutr_round_service import ControlSurroundings
 from nat.punch.dcutr_service import DcutrService
 from nat.punch.messages import (
     CONNECT,
+    MAX_DCUTR_BYTES,
     PROTOCOL_DCUTR,
     SYNC,
     HolePunch,
-    cut_hole_punch_untrusted,
     decode_hole_punch_untrusted,
     encode_hole_punch,
 )
@@ -86,12 +87,8 @@ async def open_end(config, observed):
 
 
 async def receive(stream):
-    data = b""
-    while (cut := cut_hole_punch_untrusted(data)) is None:
-        part = await stream.receive_some(4096)
-        assert part
-        data += part
-    return decode_hole_punch_untrusted(cut[0])
+    body = await receive_message_untrusted(stream, MAX_DCUTR_BYTES)
+    return decode_hole_punch_untrusted(body)
 
 
 async def test_a_relayed_connection_is_replaced_and_then_closed():

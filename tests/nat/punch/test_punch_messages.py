@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabric.core.errors import NoRoute, RemoteProtocolError, RemoteRefused
+from fabric.core.protobuf import decode_varint_untrusted
 from nat.punch.facts import NatFacts
 from nat.punch.messages import (
     CONNECT,
@@ -17,7 +18,6 @@ from nat.punch.messages import (
     PunchConnect,
     PunchRefused,
     PunchSync,
-    cut_hole_punch_untrusted,
     decode_hole_punch_untrusted,
     encode_hole_punch,
 )
@@ -54,15 +54,12 @@ def test_golden_fabric_messages():
     st.sampled_from([CONNECT, SYNC]),
     st.lists(st.integers(0, 65535), max_size=8, unique=True),
 )
-def test_round_trip_in_any_pieces(kind, ports):
+def test_round_trip(kind, ports):
     message = HolePunch(kind, tuple(f"/ip4/192.0.2.9/tcp/{p}" for p in ports))
-    data = encode_hole_punch(message) + b"rest"
-    whole = len(data) - 4
-    for end in range(whole):
-        assert cut_hole_punch_untrusted(data[:end]) is None
-    body, end = cut_hole_punch_untrusted(data)
-    assert end == whole
-    assert decode_hole_punch_untrusted(body) == message
+    data = encode_hole_punch(message)
+    size, start = decode_varint_untrusted(data)
+    assert len(data) == start + size
+    assert decode_hole_punch_untrusted(data[start:]) == message
 
 
 @given(st.binary(max_size=200))
@@ -70,15 +67,7 @@ def test_any_bytes_at_the_doors(data):
     with contextlib.suppress(RemoteProtocolError):
         decode_hole_punch_untrusted(data)
     with contextlib.suppress(RemoteProtocolError):
-        cut_hole_punch_untrusted(data)
-    with contextlib.suppress(RemoteProtocolError):
         PUNCH.decode_untrusted(data)
-
-
-@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x81\x20", b"\xff" * 20])
-def test_a_length_above_the_limit_is_refused_from_its_first_bytes(data):
-    with pytest.raises(RemoteProtocolError):
-        cut_hole_punch_untrusted(data)
 
 
 def test_limits():

@@ -12,7 +12,9 @@ from fabric.net.config import HostConfig
 from fabric.net.libp2p_dialback import DialBack
 from fabric.net.libp2p_host import open_host
 from nat.reachability.autonat_client_service import E_NONCE, AutonatAsker
+from fabric.net.delimited import MessageStream
 from nat.reachability.autonat_messages import (
+    MAX_MESSAGE_BYTES,
     PROTOCOL_DIAL_BACK,
     PROTOCOL_DIAL_REQUEST,
     DialData,
@@ -26,7 +28,6 @@ from nat.reachability.autonat_messages import (
     encode_v2,
 )
 from nat.reachability.autonat_service import E_LIMIT, E_TARGET, AutonatService
-from nat.reachability.autonat_stream_service import MessageStream
 from nat.reachability.config import AutonatConfig
 from tests.net.check_host import ListGate
 
@@ -111,7 +112,7 @@ async def test_someone_else_at_the_address_is_not_us():
 
 async def send_request(client, server, request):
     stream = await client.open_stream(server.peer_id, PROTOCOL_DIAL_REQUEST)
-    messages = MessageStream(stream)
+    messages = MessageStream(stream, MAX_MESSAGE_BYTES)
     await messages.send(encode_v2(request))
     return stream, messages
 
@@ -177,7 +178,7 @@ async def test_a_request_over_a_relay_is_refused(monkeypatch):
 
 async def test_a_server_that_claims_success_is_not_believed():
     async def lie(peer, stream):
-        messages = MessageStream(stream)
+        messages = MessageStream(stream, MAX_MESSAGE_BYTES)
         request = decode_v2_untrusted(await messages.receive_untrusted())
         # the nonce on the connection that the client made
         await client_told(request.nonce)

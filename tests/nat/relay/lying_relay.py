@@ -14,7 +14,7 @@ from nat.relay.messages import (
     encode_hop,
     encode_stop,
 )
-from nat.relay.pump_service import receive_message_untrusted
+from fabric.net.delimited import receive_message_untrusted
 from tests.nat.relay.relay_network import peer
 
 

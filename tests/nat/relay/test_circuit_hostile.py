@@ -17,7 +17,7 @@ from nat.relay.messages import (
     StopStatus,
     encode_hop,
 )
-from nat.relay.pump_service import receive_message_untrusted
+from fabric.net.delimited import receive_message_untrusted
 from tests.nat.relay.lying_relay import LyingRelay, fake_relay, held, status
 from tests.nat.relay.relay_network import SECONDS, client, peer, reserved, until
 

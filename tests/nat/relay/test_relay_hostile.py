@@ -15,7 +15,7 @@ from nat.relay.messages import (
     decode_hop_untrusted,
     encode_hop,
 )
-from nat.relay.pump_service import receive_message_untrusted
+from fabric.net.delimited import receive_message_untrusted
 from tests.nat.relay.relay_network import (
     FAST,
     SECONDS,

@@ -29,7 +29,7 @@ from nat.relay.messages import (
     peer_to_bytes,
     status_name,
 )
-from nat.relay.voucher import PAYLOAD_TYPE, seal_voucher
+from nat.relay.voucher import VOUCHER, seal_voucher
 
 RELAY = Ed25519Signer(bytes(range(32)))
 PEER = Ed25519Signer(bytes(32)).peer_id
@@ -173,7 +173,7 @@ def test_a_voucher_is_an_envelope_that_py_libp2p_verifies():
     sealed = seal_voucher(RELAY, PEER, 1_800_000_000)
     envelope = unmarshal_envelope(sealed)
     envelope.validate("libp2p-relay-rsvp")
-    assert envelope.payload_type == PAYLOAD_TYPE
+    assert envelope.payload_type == VOUCHER.payload_type
     voucher = pb.Voucher.FromString(envelope.raw_payload)
     assert voucher.relay == peer_to_bytes(RELAY.peer_id)
     assert voucher.peer == peer_to_bytes(PEER)
