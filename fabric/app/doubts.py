@@ -2,9 +2,9 @@
 
 An uplink that changes behind a router tells nobody: this machine keeps its address, and
 its connections fall silent. But some sign comes early. A public peer resets a
-connection that now arrives from elsewhere; one peer is silent for two seconds; the
-kernel tells of a new address. Then every connection is asked whether it is alive, on
-both planes at once, and has two seconds to answer. What is alive stays as it is.
+connection that now arrives from elsewhere; one peer is silent for two seconds, or dials
+us anew; the kernel tells of a new address. Then connections are asked whether they are
+alive, on both planes at once, and have two seconds to answer. What is alive stays.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import trio
 
 from fabric.core.ids import PeerId, short
 from fabric.net.data_plane import DataPlane
+from fabric.net.host import PeerReconnected
 from fabric.net.libp2p_host import Libp2pHost
 from fabric.net.rpc import RpcService
 
@@ -35,7 +36,7 @@ class Doubts:
         host: Control connections.
         rpc: RPC connections; tells who was lost.
         plane: Data-plane sockets.
-        drop_spares: Closes the spare sockets with a peer: nothing can ask them.
+        doubt_spares: Passes it on to the punched sockets that nobody uses yet.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class Doubts:
         host: Libp2pHost,
         rpc: RpcService,
         plane: DataPlane,
-        drop_spares: Callable[[PeerId], None],
+        doubt_spares: Callable[[PeerId], None],
     ) -> None:
         self._host = host
         self._rpc = rpc
         self._plane = plane
-        self._drop_spares = drop_spares
+        self._doubt_spares = doubt_spares
         self._all_at = 0.0
         self._doubted: frozenset[PeerId] = frozenset()
 
@@ -56,6 +57,7 @@ class Doubts:
         """Follow the signs until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_lost)
+            nursery.start_soon(self._follow_host)
             while True:
                 await trio.sleep(LOOK_SECONDS)
                 silent = self._rpc.silent(SILENT_SECONDS)
@@ -67,7 +69,11 @@ class Doubts:
     def about(self, peer: PeerId) -> None:
         """Doubt everything with ``peer`` but its RPC connection, which pings anyway."""
         self._host.doubt(peer)
+        self._doubt_sockets(peer)
+
+    def _doubt_sockets(self, peer: PeerId) -> None:
         self._plane.registry.doubt(peer, trio.current_time())
+        self._doubt_spares(peer)
 
     def about_all(self) -> None:
         """Doubt every connection: our network may have changed."""
@@ -84,6 +90,13 @@ class Doubts:
     async def _follow_lost(self) -> None:
         with self._rpc.lost() as lost:
             async for peer in lost:
-                self._drop_spares(peer)
                 self.about(peer)
                 self.about_all()
+
+    async def _follow_host(self) -> None:
+        with self._host.events() as events:
+            async for event in events:
+                if isinstance(event, PeerReconnected):
+                    # the host itself asks the older control connections
+                    self._rpc.doubt(event.peer)
+                    self._doubt_sockets(event.peer)

@@ -276,7 +276,7 @@ async def _open(
     probe = await enter(
         open_link_probe(config.nat.probe, own, bulk, senses, counters, Random())
     )
-    doubts = Doubts(host, rpc, plane, lambda peer: nat.puncher.forget(peer))
+    doubts = Doubts(host, rpc, plane, lambda peer: nat.puncher.doubt(peer))
     knowledge = MeshKnowledge(own, membership, store, book, rpc, config.nat)
     nat = await enter(
         open_traversal(

@@ -34,7 +34,13 @@ class PeerDisconnected(msgspec.Struct, frozen=True, tag="disconnected"):
     reason: str = ""
 
 
-PeerEvent = PeerConnected | PeerDisconnected
+class PeerReconnected(msgspec.Struct, frozen=True, tag="reconnected"):
+    """One control connection more with ``peer``: it may have lost the others."""
+
+    peer: PeerId
+
+
+PeerEvent = PeerConnected | PeerReconnected | PeerDisconnected
 
 
 class Host(Protocol):

@@ -36,6 +36,7 @@ from fabric.net.host import (
     PeerConnected,
     PeerDisconnected,
     PeerEvent,
+    PeerReconnected,
     StreamHandler,
     TakeSocket,
 )
@@ -296,6 +297,7 @@ class Libp2pHost:
             self._publish(PeerConnected(peer))
         else:
             self.links.doubt(peer, newest=1)
+            self._publish(PeerReconnected(peer))
 
     def note_disconnected(self, peer: PeerId, reason: str) -> None:
         """Tell listeners when the last connection with ``peer`` is gone."""

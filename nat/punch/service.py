@@ -20,6 +20,7 @@ from fabric.core.errors import (
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import PROTOCOL_ERRORS, Counters
 from fabric.net.host import Host, PeerConnected
+from fabric.net.socket_options import set_doubt
 from nat.history import History, PunchNotes, outcome
 from nat.punch.backoff import Backoff
 from nat.punch.config import PunchConfig
@@ -151,6 +152,14 @@ class TcpPuncher:
         """Drop the spares, whose mappings are gone, and forget what was impossible."""
         self._backoff.network_changed()
         self._close(self._spares.clear())
+
+    def doubt(self, peer: PeerId) -> None:
+        """Find out soon which spares with ``peer`` are dead: their path may be.
+
+        They are used again once it has had time to; see :meth:`Spares.doubt`.
+        """
+        for number in self._spares.doubt(peer, trio.current_time()):
+            set_doubt(self._sockets[number], doubted=True)
 
     def forget(self, peer: PeerId) -> None:
         """Close the spares with ``peer``: the gate's decision about it changed."""

@@ -7,10 +7,14 @@ asked for them, which alone may use them: otherwise both could take the same one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fabric.core.ids import PeerId
 from nat.punch.config import PunchConfig
+
+DOUBT_SECONDS = 3.5
+"""Within this the kernel has found out which of the doubted sockets are dead."""
 
 
 @dataclass
@@ -20,6 +24,7 @@ class _Shelf:
     used_at: float
     ready: dict[int, float] = field(default_factory=dict)
     coming: int = 0
+    doubted_at: float = -math.inf
 
 
 class Spares:
@@ -84,12 +89,29 @@ class Spares:
         return self._next
 
     def take(self, peer: PeerId, now: float) -> int | None:
-        """Return and forget the newest spare with ``peer``: its mapping is freshest."""
+        """Return and forget the newest spare with ``peer``: its mapping is freshest.
+
+        One that is in doubt is left until the kernel has had time to find it dead.
+        """
         shelf = self._shelves.get(peer)
         if shelf is None:
             return None
         shelf.used_at = max(shelf.used_at, now)
-        return shelf.ready.popitem()[0] if shelf.ready else None
+        if not shelf.ready:
+            return None
+        number, since = next(reversed(shelf.ready.items()))
+        if since <= shelf.doubted_at and now < shelf.doubted_at + DOUBT_SECONDS:
+            return None
+        del shelf.ready[number]
+        return number
+
+    def doubt(self, peer: PeerId, now: float) -> list[int]:
+        """Note that the path to ``peer`` may be dead; return the spares to look at."""
+        shelf = self._shelves.get(peer)
+        if shelf is None:
+            return []
+        shelf.doubted_at = now if shelf.ready else -math.inf
+        return list(shelf.ready)
 
     def drop(self, number: int) -> None:
         """Forget a spare that died."""

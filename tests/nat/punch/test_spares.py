@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nat.punch.config import PunchConfig
-from nat.punch.spares import Spares
+from nat.punch.spares import DOUBT_SECONDS, Spares
 
 CONFIG = PunchConfig(bulk_sockets=2, max_spares=5, spare_idle_seconds=60.0)
 PEERS = st.sampled_from(["a", "b", "c", "d"])
@@ -19,6 +19,7 @@ class SpareMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.open = {}  # number: (peer, since)
         self.coming = []
+        self.doubted = {}
 
     @rule(peer=PEERS)
     def use(self, peer):
@@ -64,11 +65,23 @@ class SpareMachine(RuleBasedStateMachine):
     @rule(peer=PEERS)
     def take(self, peer):
         number = self.spares.take(peer, self.now)
-        mine = [n for n, (owner, _) in self.open.items() if owner == peer]
+        mine = {n: since for n, (owner, since) in self.open.items() if owner == peer}
+        at = self.doubted.get(peer, -1.0)
+        if mine and mine[max(mine)] <= at and self.now < at + DOUBT_SECONDS:
+            assert number is None, "nobody knows yet whether it is dead"
+            return
         assert (number is None) == (not mine)
         if number is not None:
             assert number == max(mine)
             del self.open[number]
+
+    @rule(peer=PEERS)
+    def doubt(self, peer):
+        mine = [n for n, (owner, _) in self.open.items() if owner == peer]
+        assert sorted(self.spares.doubt(peer, self.now)) == sorted(mine)
+        if mine:
+            self.doubted[peer] = self.now
+        self.now += 0.001  # what comes from now on is beyond doubt
 
     @rule(data=st.data())
     def die(self, data):
