@@ -9,7 +9,6 @@ Source: libp2p specs, identify/README.md.
 from __future__ import annotations
 
 import msgspec
-import trio
 from libp2p.abc import INetConn, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
@@ -24,7 +23,6 @@ from fabric.core.ids import PeerId, short
 from fabric.core.protobuf import (
     all_bytes,
     decode_message_untrusted,
-    decode_varint_untrusted,
     last_bytes,
 )
 from fabric.net.delimited import receive_message_untrusted

@@ -144,5 +144,3 @@ def _decode_record_untrusted(payload: bytes) -> PeerRecord:
     return PeerRecord(
         peer, last_int(fields, 2), tuple(without_peer(addr, peer) for addr in addrs)
     )
-
-

@@ -27,9 +27,7 @@ from fabric.core.protobuf import (
     all_bytes,
     decode_message_untrusted,
     delimited,
-    decode_varint_untrusted,
     encode_message,
-    encode_varint,
     last_int,
 )
 from nat.multiaddr_bytes import decode_multiaddrs_untrusted, encode_multiaddr

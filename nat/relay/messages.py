@@ -30,7 +30,6 @@ from fabric.core.protobuf import (
     decode_message_untrusted,
     delimited,
     encode_message,
-    encode_varint,
     last_bytes,
     last_int,
 )
@@ -161,9 +160,7 @@ def encode_stop(message: StopMessage) -> bytes:
     """Return ``message`` with its length in front."""
     match message:
         case StopConnect(peer, limit):
-            return _framed(
-                [(1, _STOP_CONNECT), (2, _peer(peer)), (3, _limit(limit))]
-            )
+            return _framed([(1, _STOP_CONNECT), (2, _peer(peer)), (3, _limit(limit))])
         case StopStatus(status):
             return _framed([(1, _STOP_STATUS), (4, status)])
 

@@ -9,10 +9,10 @@ from fabric.core.protobuf import encode_varint
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import REFUSALS, Counters
 from fabric.net.config import HostConfig
+from fabric.net.delimited import MessageStream
 from fabric.net.libp2p_dialback import DialBack
 from fabric.net.libp2p_host import open_host
 from nat.reachability.autonat_client_service import E_NONCE, AutonatAsker
-from fabric.net.delimited import MessageStream
 from nat.reachability.autonat_messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_DIAL_BACK,

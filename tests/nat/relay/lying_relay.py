@@ -2,6 +2,7 @@
 
 from contextlib import asynccontextmanager
 
+from fabric.net.delimited import receive_message_untrusted
 from nat.relay.messages import (
     MAX_RELAY_MESSAGE_BYTES,
     PROTOCOL_HOP,
@@ -14,7 +15,6 @@ from nat.relay.messages import (
     encode_hop,
     encode_stop,
 )
-from fabric.net.delimited import receive_message_untrusted
 from tests.nat.relay.relay_network import peer
 
 

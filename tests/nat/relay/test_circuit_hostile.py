@@ -8,6 +8,7 @@ import trio
 from fabric.core.errors import FabricError
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS
+from fabric.net.delimited import receive_message_untrusted
 from fabric.net.traversal_api import ConnectionInfo
 from nat.relay.circuit_streams_service import DATA_PREFIX
 from nat.relay.messages import (
@@ -17,7 +18,6 @@ from nat.relay.messages import (
     StopStatus,
     encode_hop,
 )
-from fabric.net.delimited import receive_message_untrusted
 from tests.nat.relay.lying_relay import LyingRelay, fake_relay, held, status
 from tests.nat.relay.relay_network import SECONDS, client, peer, reserved, until
 

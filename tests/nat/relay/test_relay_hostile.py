@@ -5,6 +5,7 @@ import trio
 
 from fabric.core.errors import RemoteRefused
 from fabric.core.telemetry import REFUSALS
+from fabric.net.delimited import receive_message_untrusted
 from nat.relay.circuit_streams_service import connect, reserve
 from nat.relay.messages import (
     MAX_RELAY_MESSAGE_BYTES,
@@ -15,7 +16,6 @@ from nat.relay.messages import (
     decode_hop_untrusted,
     encode_hop,
 )
-from fabric.net.delimited import receive_message_untrusted
 from tests.nat.relay.relay_network import (
     FAST,
     SECONDS,
