@@ -16,12 +16,14 @@ from sims.engine.randomness import key, stream
 from sims.model.attacks import Attacker
 from sims.model.network import Network
 from sims.model.scenario import Scenario
+from sims.peers.committee import Committee, plan_kills
 from sims.peers.drama import Drama
 from sims.peers.founding import Founding, first_records, found
 from sims.peers.ledger import Ledger
 from sims.peers.library import Library, SharedEntry
 from sims.peers.mesh import Mesh
 from sims.peers.node import Node
+from sims.peers.vitals import Vitals
 from sims.report.report import Report, Sample
 
 _SETTLE_LOOK_SECONDS = 1.0
@@ -64,6 +66,15 @@ class Simulation:
             scenario.connections,
         )
         self.mesh.acknowledged = self._acknowledged
+        if scenario.liveness:
+            self.mesh.vitals = Vitals(
+                self.engine,
+                self.network,
+                self.mesh.nodes,
+                self.mesh.numbers,
+                self._stream,
+            )
+        self.committee: Committee | None = None
         self._late = self._choose_late()
         self._founding = found(seed, scenario.nodes, self._late)
         self.drama = Drama(
@@ -76,6 +87,7 @@ class Simulation:
         )
         self._violations: list[str] = []
         self._sent_before = 0
+        self.num_false_deaths = 0
         self._converged_at: float | None = None
 
     def _stream(self, purpose: str) -> random.Random:
@@ -111,6 +123,7 @@ class Simulation:
         started = time.perf_counter()
         self._build(self._founding)
         self.drama.plan()
+        self._plan_job()
         self.engine.after(self.scenario.sample_seconds, self._sample)
         self.mesh.run_expiry()
         self.engine.run(self.scenario.fault_seconds)
@@ -137,7 +150,8 @@ class Simulation:
             )
             node.skew = (2 * skews.random() - 1) * scenario.clocks.skew_seconds
             self.mesh.add(node)
-            if number not in self._late:
+        for node in self.mesh.nodes:
+            if node.number not in self._late:
                 node.start_as(pattern, 0.0, self.mesh.num_members)
                 self.mesh.online(node)
 
@@ -153,12 +167,33 @@ class Simulation:
         node.replica.authority.members(node.wall(0.0))  # so that all share the answers
         return node
 
+    def _plan_job(self) -> None:
+        terms, end = self.scenario.coordinator, self.scenario.fault_seconds
+        if not terms.participants:
+            return
+        size = min(terms.participants, len(self.mesh.nodes))
+        self.committee = Committee(
+            self.engine, self.network, self.mesh, size, self._stream("job")
+        )
+        self.committee.look()
+        kills = terms.kill_leaders
+        plan_kills(
+            self.committee,
+            self.engine,
+            self.drama.kill,
+            self.drama.restart,
+            [end * (at + 1) / (kills + 1) for at in range(kills)],
+            self.scenario.churn.down_seconds,
+        )
+
     def _settle(self) -> None:
         """Go on until everybody agrees, or the time for it is over."""
         start = self.engine.now
         while self.engine.now < start + self.scenario.settle_seconds:
             self.engine.run(self.engine.now + _SETTLE_LOOK_SECONDS)
             online = self._online()
+            if self.committee is not None and self.committee.unfinished():
+                continue
             if self.ledger.agreeing(online) == len(online):
                 self._converged_at = self.engine.now - start
                 return
@@ -187,6 +222,12 @@ class Simulation:
         lost = self.num_lost()
         if lost:
             self._violations.append(f"{lost} acknowledged writes are lost")
+        if self.committee is not None:
+            self._violations += self.committee.violations
+            unfinished = self.committee.unfinished()
+            self._violations += [unfinished] if unfinished else []
+        if self.mesh.vitals is not None:
+            self._check_ghosts(self.mesh.vitals)
         if self.scenario.trust.attack_share:
             for node in self._online():
                 self._check_views(node)
@@ -200,6 +241,24 @@ class Simulation:
         for node in self._online():
             lost |= {entry.id for entry in self.ledger.lost(node, self.engine.now)}
         return len(lost)
+
+    def _check_ghosts(self, vitals: Vitals) -> None:
+        """Whoever is gone for longer than the bound is dead in every view."""
+        bound = vitals.bound_seconds(self.mesh.num_members)
+        gone = {
+            self.mesh.nodes[number].peer
+            for number, since in self.mesh.down_since.items()
+            if self.engine.now - since > bound
+        }
+        settled = {
+            n.peer for n in self._online() if self.engine.now - n.up_since > bound
+        }
+        for node in self._online():
+            ghosts = len(gone - vitals.dead(node))
+            up = self.engine.now - node.up_since > bound
+            if ghosts and up:
+                self._violations.append(f"peer {node.number} sees {ghosts} ghosts")
+            self.num_false_deaths += len(settled & vitals.dead(node))
 
     def _check_views(self, node: Node) -> None:
         """Nothing may be held that an honest replica would not let in."""
@@ -217,6 +276,10 @@ class Simulation:
         sent, now = self.network.sent, self.engine.now
         mean = sum(sent) / len(sent)
         calls = self.mesh.calls + Counter(offer=self.library.num_offered)
+        if self.mesh.vitals is not None:
+            calls["liveness"] = self.mesh.vitals.num_calls
+        if self.committee is not None:
+            calls["seat"] = self.committee.num_calls
         return Report(
             scenario=self.name,
             seed=self.seed,
@@ -239,6 +302,8 @@ class Simulation:
             signatures_verified=self.library.num_verified,
             virtual_seconds=round(now, 3),
             wall_seconds=round(wall_seconds, 3),
+            generations=len(self.committee.generations) if self.committee else 0,
+            false_deaths=self.num_false_deaths,
             violations=tuple(self._violations),
             replay=replay_command(Path(self.name), self.seed, self.scenario.nodes),
         )

@@ -10,10 +10,7 @@ TLS_RECORD_BYTES = 22
 """Header 5, authentication tag 16, content type 1 (RFC 8446, 5.2)."""
 _RPC_HEADER_BYTES = 9
 _RPC_REQUEST_BYTES = 5
-SYNC_REQUEST_BYTES = (
-    TLS_RECORD_BYTES + _RPC_HEADER_BYTES + _RPC_REQUEST_BYTES + len("store.sync")
-)
-SYNC_RESPONSE_BYTES = TLS_RECORD_BYTES + _RPC_HEADER_BYTES
+_RESPONSE_BYTES = TLS_RECORD_BYTES + _RPC_HEADER_BYTES
 _MAX_RECORD = 1 << 14
 
 GOSSIP_BYTES = 283
@@ -22,11 +19,11 @@ data and message headers 8, length prefix 2, yamux 12, Noise 18 and its length 2
 the libp2p stream's share of window updates 8."""
 
 
-def request_bytes(payload: int) -> int:
-    """Return what a ``store.sync`` request of ``payload`` bytes costs."""
-    return payload + SYNC_REQUEST_BYTES + payload // _MAX_RECORD * TLS_RECORD_BYTES
+def call_bytes(payload: int, method: str) -> int:
+    """Return what a call of ``method`` with ``payload`` bytes costs."""
+    return _RPC_REQUEST_BYTES + len(method) + response_bytes(payload)
 
 
 def response_bytes(payload: int) -> int:
-    """Return what its response of ``payload`` bytes costs."""
-    return payload + SYNC_RESPONSE_BYTES + payload // _MAX_RECORD * TLS_RECORD_BYTES
+    """Return what the response to a call costs."""
+    return payload + _RESPONSE_BYTES + payload // _MAX_RECORD * TLS_RECORD_BYTES

@@ -125,10 +125,14 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Coordinator(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """A job whose leader dies: 0 participants means no job."""
+    """A serving job whose leaders die; 0 participants: no job.
+
+    Attributes:
+        participants: The first so many peers.
+        kill_leaders: How often whoever leads is killed in the fault phase.
+    """
 
     participants: Annotated[int, msgspec.Meta(ge=0, le=50)] = 0
-    rounds: Annotated[int, msgspec.Meta(ge=1, le=100)] = 6
     kill_leaders: Count = 0
 
 

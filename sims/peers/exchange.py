@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from crdt_store.messages import SALT_BYTES, Ask
+from crdt_store.messages import SALT_BYTES, SYNC_METHOD, Ask
 from crdt_store.reconcile import Session, answer, parse_request_untrusted
 from fabric.core.errors import RemoteProtocolError
 from fabric.net.data_config import RpcConfig
 from sims.engine.queue import Engine
-from sims.model.frames import request_bytes, response_bytes
+from sims.model.frames import call_bytes, response_bytes
 from sims.model.network import Network
 from sims.peers.node import Node
 
@@ -76,7 +76,7 @@ class Exchange:
         if self._session.num_requests == self._breaks_at:
             self._ended(self, "E_BROKEN")
             return
-        size = request_bytes(len(request))
+        size = call_bytes(len(request), SYNC_METHOD)
         self.num_bytes += size
         self._network.send(
             self.node.number,

@@ -20,6 +20,7 @@ from sims.model.gossip import Flood, Gossip
 from sims.model.network import Network
 from sims.peers.exchange import Exchange
 from sims.peers.node import Node
+from sims.peers.vitals import Vitals
 
 _EXPIRY_SECONDS = StoreConfig().connect_poll_seconds
 _DIAL_SECONDS = 0.5
@@ -41,6 +42,9 @@ class Mesh:
         nodes: By number.
         num_members: Of the mesh.
         acknowledged: Called with (node, entry) when a write is on its disk.
+        numbers: Of the peers, by PeerId.
+        vitals: Liveness, if it is simulated.
+        down_since: When those who are down went.
         calls: Calls into the production cores, by which.
     """
 
@@ -61,7 +65,9 @@ class Mesh:
         self.num_members = 0
         self.acknowledged: Callable[[Node, Entry], None] = lambda node, entry: None
         self.calls: Counter[str] = Counter()
-        self._numbers: dict[PeerId, int] = {}
+        self.numbers: dict[PeerId, int] = {}
+        self.vitals: Vitals | None = None
+        self.down_since: dict[int, float] = {}
         self._connections = connections
         self._rng = rng_faults
         self._neighbours: list[frozenset[PeerId]] = []
@@ -74,7 +80,7 @@ class Mesh:
         """Take in a peer that is not online yet; ``node.number`` is its place."""
         assert node.number == len(self.nodes)
         self.nodes.append(node)
-        self._numbers[node.peer] = node.number
+        self.numbers[node.peer] = node.number
 
     def online(self, node: Node) -> None:
         """Bring ``node`` up; its replica is ready."""
@@ -82,11 +88,18 @@ class Mesh:
         self.log.write(self.engine.now, f"up {node.number}")
         generation = node.generation
         self.engine.after(node.poll_phase, self._look, node, generation)
+        self.down_since.pop(node.number, None)
+        if self.vitals is not None:
+            self.vitals.start(node, self.numbers)
 
     def offline(self, node: Node) -> None:
         """End ``node`` as kill -9 does."""
         node.generation += 1
+        connected = self.connected(node)
         self.network.set_online(node.number, False)
+        self.down_since[node.number] = self.engine.now
+        if self.vitals is not None:
+            self.vitals.broke(node, connected)
         self.log.write(self.engine.now, f"down {node.number}")
 
     def look_soon(self) -> None:
@@ -145,7 +158,7 @@ class Mesh:
         connected, now = self.connected(node), self.engine.now
         chosen = node.schedule.due(now, connected, self.num_members)
         for peer in chosen:
-            self._begin(node, self.nodes[self._numbers[peer]])
+            self._begin(node, self.nodes[self.numbers[peer]])
         if len(chosen) >= MAX_RUNNING:  # there may be more: look at the next poll
             poll = node.config.connect_poll_seconds
             self.engine.after(poll, self._consult, node, generation)

@@ -45,6 +45,7 @@ class Node:
         storage: Its disk: survives crashes.
         skew: Seconds by which its clock is ahead.
         tick_at: Wall seconds of the next thing to expire or to judge again.
+        up_since: When it last started.
         version: Grows with every change of what it offers.
         barred: Whether it was revoked, as this run knows.
         outcomes: What became of the entries offered to it.
@@ -70,6 +71,7 @@ class Node:
         "storage",
         "tick_at",
         "uncommitted",
+        "up_since",
         "version",
     )
 
@@ -93,6 +95,7 @@ class Node:
         self.skew = 0.0
         self.version = 0
         self.tick_at = 0.0
+        self.up_since = 0.0
         self.generation = 0
         self.barred = False
         self.outcomes: Counter[Outcome] = Counter()
@@ -141,6 +144,7 @@ class Node:
         self.schedule = SyncSchedule(self.config, self.rng, now, num_members)
         self.uncommitted.clear()
         self.generation += 1
+        self.up_since = now
         self.version += 1
         self.tick_at = self.replica.next_tick()
 

@@ -39,6 +39,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         events: Of the queue.
         core_calls: Calls into production cores by kind.
         signatures_verified: Each once.
+        generations: Of the job, each with its own epoch.
+        false_deaths: Views in the end that take a living peer for dead.
         violations: Broken promises, in words.
         replay: The command that does this run again.
     """
@@ -64,6 +66,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     signatures_verified: int
     virtual_seconds: float
     wall_seconds: float
+    generations: int
+    false_deaths: int
     violations: tuple[str, ...]
     replay: str
 
