@@ -126,7 +126,11 @@ class Traversal:
             host,
             config.punch,
             ControlSurroundings(
-                here.control_port, here.observed, here.local_ips, needs.addresses_of
+                port=here.control_port,
+                observed=here.observed,
+                local_ips=here.local_ips,
+                announced=needs.addresses_of,
+                settled=here.is_settled,
             ),
             counters,
             history=self.history,

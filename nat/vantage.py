@@ -131,6 +131,11 @@ class Vantage:
         end = endpoint_of(external) if external is not None else None
         return (tcp_multiaddr(str(end[0]), end[1]),) if end is not None else ()
 
+    def is_settled(self) -> bool:
+        """Return whether others have said how they see that port, agreeing or not."""
+        mapping = self._reachability.mapping()
+        return mapping.external is not None or mapping.kind != "unknown"
+
 
 def control_port(host: TraversalHost) -> int:
     """Return the TCP port that ``host`` listens on, or 0."""

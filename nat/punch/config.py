@@ -48,5 +48,11 @@ class PunchConfig(
     """Upgrades of relayed control connections at once; more wait their turn."""
     dcutr_attempts: int = 3
     """CONNECT and SYNC rounds of one upgrade (DCUtR, step 6)."""
+    refused_seconds: tuple[float, ...] = (
+        *(0.05, 0.1, 0.1, 0.2, 0.2, 0.4, 0.8, 1.6),
+        *(5.0, 30.0, 300.0),
+    )
+    """Wait after the first, second and further time that a peer refuses an upgrade: it
+    admits us a moment after we connect, and nothing tells when; or it has no DCUtR."""
     relay_grace_seconds: float = 10.0
     """The relayed connection stays this long after an upgrade, for what uses it."""

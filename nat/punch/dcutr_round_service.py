@@ -59,12 +59,18 @@ class ControlSurroundings:
         observed: Multiaddrs at which peers see that port.
         local_ips: Addresses of our interfaces.
         announced: Multiaddrs that a peer announces.
+        settled: Whether observers have answered. Before that we have no address to
+            tell, and a punch from one side alone spoils the next: a gateway that tracks
+            windows (Linux's does) lets the peer's SYN in by the mapping of our old one,
+            and then takes our new one, with another sequence number, for foreign for
+            two minutes.
     """
 
     port: Callable[[], int]
     observed: Callable[[], Sequence[str]]
     local_ips: Callable[[], Sequence[str]]
     announced: Callable[[PeerId], Sequence[str]]
+    settled: Callable[[], bool] = lambda: True
 
     def own_side(self) -> OwnSide:
         """Return our end of a punch from the control port."""
@@ -73,6 +79,10 @@ class ControlSurroundings:
             observed=_endpoints(self.observed()),
             local=tuple((ip, port) for ip in self.local_ips()),
         )
+
+
+class NotReady(NoRoute):
+    """One of the two has no address to tell yet: ask again in a moment."""
 
 
 class DcutrRound:
@@ -115,15 +125,20 @@ class DcutrRound:
         """Do steps 1 to 5 once, as the side that was dialled through the relay.
 
         ``notes`` is filled with what is learnt on the way, however it ends.
+
+        Raises:
+            NotReady: nobody has told us, or the peer, the address of the port yet.
+            RemoteRefused: the peer's gate refuses us, or it has no DCUtR.
         """
+        if not self._around.settled():
+            raise NotReady("no peer has told us yet how our NAT maps the control port")
         own = self._around.own_side()
         stream = await self._open(peer)
         try:
             with _deadline(self._config.exchange_seconds):
                 sent = trio.current_time()
                 await stream.send_all(_connect_message(own))
-                reader = _Reader(stream)
-                reply = await reader.receive_untrusted(CONNECT)
+                reply = await _answer_untrusted(stream)
                 rtt = round_trip(trio.current_time() - sent)
                 targets = notes.endpoints = self._select(own, reply)
                 await stream.send_all(encode_hole_punch(HolePunch(SYNC)))
@@ -146,6 +161,8 @@ class DcutrRound:
             RemoteProtocolError: the peer sent something else than CONNECT and SYNC.
             Unavailable: it ended the stream early.
         """
+        if not self._around.settled():
+            return  # it asks again
         own = self._around.own_side()
         reader = _Reader(stream)
         with _deadline(self._config.exchange_seconds):
@@ -243,6 +260,18 @@ class _Reader:
         if message.kind != kind:
             raise RemoteProtocolError(f"HolePunch of type {message.kind}, not {kind}")
         return message
+
+
+async def _answer_untrusted(stream: trio.abc.Stream) -> HolePunch:
+    """Return the CONNECT that answers ours; a peer without an address to tell ends it.
+
+    Raises:
+        NotReady: the stream ended instead.
+    """
+    try:
+        return await _Reader(stream).receive_untrusted(CONNECT)
+    except (Unavailable, trio.BrokenResourceError) as exc:
+        raise NotReady("the peer does not know yet how its NAT maps its port") from exc
 
 
 def _connect_message(own: OwnSide) -> bytes:

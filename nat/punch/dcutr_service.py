@@ -13,14 +13,20 @@ import random
 
 import trio
 
-from fabric.core.errors import FabricError, NoRoute, RemoteProtocolError
+from fabric.core.errors import (
+    FabricError,
+    NoRoute,
+    RemoteProtocolError,
+    RemoteRefused,
+)
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS, Counters
+from fabric.net.host import PeerConnected
 from fabric.net.traversal_api import TraversalHost
 from nat.history import History, PunchNotes, outcome
 from nat.punch.backoff import Backoff
 from nat.punch.config import PunchConfig
-from nat.punch.dcutr_round_service import ControlSurroundings, DcutrRound
+from nat.punch.dcutr_round_service import ControlSurroundings, DcutrRound, NotReady
 from nat.punch.facts import FAILED
 from nat.punch.limits import PunchLimits
 from nat.punch.messages import PROTOCOL_DCUTR
@@ -60,6 +66,7 @@ class DcutrService:
         )
         self._limits = PunchLimits(config)
         self._backoff = Backoff(config.retry_seconds)
+        self._refused = Backoff(config.refused_seconds)
         self._running: set[PeerId] = set()
         self._both_since: dict[PeerId, float] = {}
         self._wake = trio.Event()
@@ -79,34 +86,47 @@ class DcutrService:
                     nursery.start_soon(self._upgrade, peer)
                 await self._leave_relays(now)
                 self._wake = trio.Event()
-                with trio.move_on_after(_CHECK_SECONDS):
+                with trio.move_on_after(self._pause(trio.current_time())):
                     await self._wake.wait()
 
     def network_changed(self) -> None:
         """Try everyone again."""
         self._backoff.network_changed()
+        self._refused.network_changed()
         self._wake.set()
 
     def reason(self, peer: PeerId) -> str:
         """Return why the connection with ``peer`` is still relayed, or nothing."""
-        return self._backoff.reason(peer)
+        return self._backoff.reason(peer) or self._refused.reason(peer)
 
     async def _watch_events(self) -> None:
         with self._host.events() as events:
-            async for _ in events:
+            async for event in events:
+                if isinstance(event, PeerConnected):
+                    self._refused.succeeded(event.peer)
                 self._wake.set()
 
-    def _due(self, now: float) -> list[PeerId]:
-        """Return the peers to upgrade now: relayed only, and it was they who dialled"""
-        room = self._config.max_dcutr - len(self._running)
-        due = [
-            peer
+    def _waiting(self) -> dict[PeerId, float]:
+        """Return whom to upgrade, and when: only relayed, and they dialled."""
+        return {
+            peer: max(self._backoff.due(peer), self._refused.due(peer))
             for peer in self._host.connected()
             if peer not in self._running
             and not self._round.is_direct(peer)
             and any(not info.outbound for info in self._host.connections(peer))
-        ]
-        return sorted(due, key=self._backoff.due)[: max(0, room)]
+        }
+
+    def _due(self, now: float) -> list[PeerId]:
+        """Return the peers to upgrade now."""
+        room = self._config.max_dcutr - len(self._running)
+        waiting = self._waiting()
+        due = [peer for peer, when in waiting.items() if when <= now]
+        return sorted(due, key=waiting.__getitem__)[: max(0, room)]
+
+    def _pause(self, now: float) -> float:
+        """Return how long nothing is due; who is due already waits for room."""
+        later = [when - now for when in self._waiting().values() if when > now]
+        return min([_CHECK_SECONDS, *later])
 
     async def _leave_relays(self, now: float) -> None:
         """Close circuits that we dialled and that a direct connection replaced."""
@@ -127,11 +147,16 @@ class DcutrService:
         began, notes = trio.current_time(), PunchNotes()
         reason = ""
         try:
-            await self._round.dial_announced(peer)
+            if not self._refused.reason(peer):  # else that was tried a moment ago
+                await self._round.dial_announced(peer)
             for _ in range(self._config.dcutr_attempts):
                 if self._round.is_direct(peer):
                     break
                 await self._round.start(peer, notes)
+        except (RemoteRefused, NotReady) as exc:
+            self._refused.failed(peer, trio.current_time(), exc.reason)
+            logger.debug("dcutr.refused peer=%s", short(peer))
+            return
         except FabricError as exc:
             reason = exc.reason
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
@@ -143,7 +168,13 @@ class DcutrService:
         if self._round.is_direct(peer):
             self._history.on_punch(peer, "control", outcome(began, now), notes)
             self._backoff.succeeded(peer)
-            logger.info("dcutr.done peer=%s ms=%.0f", short(peer), (now - began) * 1e3)
+            self._refused.succeeded(peer)
+            logger.info(
+                "dcutr.done peer=%s ms=%.0f punch_ms=%.1f",
+                short(peer),
+                (now - began) * 1e3,
+                notes.punch_ms(now),
+            )
             return
         reason = reason or "no connection crossed both NATs"
         ended = outcome(began, now, NoRoute(reason, code=FAILED))

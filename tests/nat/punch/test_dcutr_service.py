@@ -9,10 +9,10 @@ import trio.testing
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import PROTOCOL_ERRORS, REFUSALS, Counters
 from fabric.net.config import HostConfig
+from fabric.net.delimited import receive_message_untrusted
 from fabric.net.libp2p_host import open_host
 from fabric.net.traversal_api import ConnectionInfo
 from nat.multiaddr_bytes import tcp_endpoint
-from fabric.net.delimited import receive_message_untrusted
 from nat.punch.config import PunchConfig
 from nat.punch.dcutr_round_service import ControlSurroundings
 from nat.punch.dcutr_service import DcutrService
@@ -51,7 +51,9 @@ class End:
             observed=lambda: self.observed,
             local_ips=lambda: (),
             announced=lambda _: (),
+            settled=lambda: self.settled,
         )
+        self.settled = True
         self.service = DcutrService(host, config, around, self.counters)
 
     def kinds(self, other):
@@ -101,6 +103,33 @@ async def test_a_relayed_connection_is_replaced_and_then_closed():
         await until(lambda: "relay" not in two.kinds(one), seconds=15)
         assert one.host.connected() == {two.peer}
         assert two.service.reason(one.peer) == ""
+
+
+@pytest.mark.parametrize("late", ["dialled", "dialling"])
+async def test_nobody_punches_before_both_know_their_address(late):
+    """A punch from one side alone opens a mapping that spoils the next."""
+    async with relayed(services=False) as (one, two), trio.open_nursery() as nursery:
+        end = two if late == "dialled" else one
+        end.settled = False
+        await nursery.start(one.service.run)
+        await nursery.start(two.service.run)
+        await until(lambda: "how" in two.service.reason(one.peer))
+        assert one.kinds(two) == ["relay"]
+        end.settled = True
+        await until(lambda: one.kinds(two)[0] != "relay", seconds=4)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_peer_that_admits_us_late_is_asked_again_soon():
+    async with relayed(services=False) as (one, two), trio.open_nursery() as nursery:
+        one.host.gate.refused.add((two.peer, PROTOCOL_DCUTR))
+        await nursery.start(one.service.run)
+        await nursery.start(two.service.run)
+        await until(lambda: "does not serve" in two.service.reason(one.peer))
+        one.host.gate.refused.clear()
+        await until(lambda: one.kinds(two)[0] != "relay", seconds=4)
+        await until(lambda: two.service.reason(one.peer) == "")
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_cannot_be_upgraded_stays_and_says_why():
