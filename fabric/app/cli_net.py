@@ -7,6 +7,7 @@ from textwrap import TextWrapper
 
 import cyclopts
 
+from fabric.app.addr_text import short_addr
 from fabric.app.cli_output import (
     mbit,
     milliseconds,
@@ -122,18 +123,6 @@ def ping_text(view: PingView) -> str:
 
 def _short(ms: float) -> str:
     return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.2f} ms"
-
-
-def short_addr(addr: str) -> str:
-    """Return a multiaddr as people write it: "ip:port", "via RELAY", or as it is."""
-    direct, circuit, _ = addr.partition("/p2p-circuit")
-    if circuit:
-        return f"via {short(direct.rpartition('/p2p/')[2])}"
-    parts = addr.split("/")
-    if len(parts) > 4 and parts[3] == "tcp":
-        host = f"[{parts[2]}]" if parts[1] == "ip6" else parts[2]
-        return f"{host}:{parts[4]}"
-    return addr.rpartition("/p2p/")[0] or addr
 
 
 def peers(*, all: bool = False, home: Path | None = None, json: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 
 from attestation.states import State
+from fabric.app.addr_text import short_addr
 from fabric.app.control_messages import PeerView
 from fabric.app.diagnose import traversal_of
 from fabric.app.peer_facts import collect_peer
@@ -112,7 +113,8 @@ def _introduce(session: Session, peer: PeerId) -> list[str]:
         lines.append(f"it is a member of {session.mesh.name} with role {role}")
     if record is not None:
         lines.append(f"it calls itself {record.name}, version {record.version}")
-        lines.extend(f"it announces {addr}" for addr in record.addrs)
+        addrs = ", ".join(map(short_addr, record.addrs)) or "nothing"
+        lines.append(f"it announces {addrs}")
     if peer != session.own:
         lines.append(_alive(session, peer))
     return lines

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fabric.app.addr_text import short_addr
 from fabric.app.clock import compare_clock
 from fabric.app.net_checks import (
     DialResult,
@@ -52,7 +53,7 @@ MAX_ASKED = 8
 
 async def listening(session: Session) -> Listening:
     """Return where we listen, and what dialling ourselves there came to."""
-    control = tuple(addr.rpartition("/p2p/")[0] for addr in session.host.addrs())
+    control = tuple(map(short_addr, session.host.listen_addrs()))
     ends = dict.fromkeys(
         end
         for addr in session.host.listen_addrs()

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from fabric.app.addr_text import short_addr
 from nat.addresses import endpoint_of
 from nat.doctor.facts import Dialled
 
@@ -75,13 +76,12 @@ async def dial_multiaddrs(addrs: list[tuple[str, str]]) -> tuple[Dialled, ...]:
     results: dict[str, Dialled] = {}
 
     async def dial(addr: str, source: str) -> None:
-        short_addr = addr.rpartition("/p2p/")[0] or addr
         end = endpoint_of_multiaddr(addr)
         if end is None:
-            results[addr] = Dialled(short_addr, "", source, dialled=False)
+            results[addr] = Dialled(short_addr(addr), "", source, dialled=False)
         else:
             result = await dial_tcp(*end)
-            results[addr] = Dialled(short_addr, result.error, source)
+            results[addr] = Dialled(short_addr(addr), result.error, source)
 
     async with trio.open_nursery() as nursery:
         for addr, source in addrs:

@@ -30,7 +30,7 @@ class Dialled(msgspec.Struct, frozen=True):
     """One address and what a TCP dial of it now came to.
 
     Attributes:
-        addr: A multiaddr or "ip:port".
+        addr: "ip:port", or "via RELAY".
         error: "" if it answered, else why not.
         source: Who says that the peer is there; "" when nobody has to.
         dialled: False for an address that was only heard of.
@@ -46,7 +46,7 @@ class Listening(msgspec.Struct, frozen=True, kw_only=True):
     """Where we listen, and whether our own machine lets us in there.
 
     Attributes:
-        control: Multiaddrs of the control plane.
+        control: "ip:port" of the control plane.
         data: "ip:port" of the data plane.
         dialled: Our LAN addresses, dialled from here.
         has_rules: Whether a packet filter holds rules; None when not readable.
@@ -61,7 +61,7 @@ class Listening(msgspec.Struct, frozen=True, kw_only=True):
     def only_loopback(self) -> bool:
         """Whether nobody outside this machine can dial us."""
         return bool(self.control) and all(
-            "/127." in addr or "/::1/" in addr for addr in self.control
+            addr.startswith(("127.", "[::1]")) for addr in self.control
         )
 
 

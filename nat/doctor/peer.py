@@ -91,7 +91,7 @@ def _addresses(peer: PeerFacts) -> Finding:
         )
     lines = [
         f"{at.addr}{f' [{at.source}]' if at.source else ''}: "
-        + (at.error or ("answers" if at.dialled else "not dialled"))
+        + (at.error or ("answers" if at.dialled else "through a relay"))
         for at in peer.addresses
     ]
     text = "; ".join(lines)

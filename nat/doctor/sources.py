@@ -12,7 +12,7 @@ import msgspec
 
 from fabric.core.ids import PeerId, short
 from fabric.net.offers import format_address
-from nat.addresses import AddressClass
+from nat.addresses import AddressClass, endpoint_of
 from nat.discovery.core import Islands
 from nat.discovery.mdns_service import MdnsReport
 from nat.doctor.facts import (
@@ -58,10 +58,15 @@ def from_report(report: Report) -> Reachability:
         scope=_SCOPES.get(report.scope, "site"),
         mapping=_OBSERVED[seen.kind],
         sequential=seen.allocation == "sequential",
-        external=report.addresses[0] if report.addresses else external,
+        external=_plain(report.addresses[0]) if report.addresses else external,
         num_observers=max(report.agreeing, seen.votes),
         reason=report.reason,
     )
+
+
+def _plain(multiaddr: str) -> str:
+    end = endpoint_of(multiaddr)
+    return multiaddr if end is None else format_address(str(end[0]), end[1])
 
 
 def from_nat_facts(facts: NatFacts) -> Reachability:

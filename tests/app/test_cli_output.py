@@ -2,7 +2,8 @@
 
 import pytest
 
-from fabric.app.cli_net import finding_text, ping_text, short_addr
+from fabric.app.addr_text import short_addr
+from fabric.app.cli_net import finding_text, ping_text
 from fabric.app.cli_output import mbit, milliseconds, show_table
 from fabric.app.control_messages import PingView
 from nat.doctor.findings import fail, ok

@@ -48,8 +48,10 @@ async def test_multiaddrs_are_dialled_in_order_and_circuits_are_only_listed():
         with trio.fail_after(SECONDS):
             first, second, third = await dial_multiaddrs(addrs)
     assert (first.error, first.source) == ("connection refused", "mdns")
-    assert (second.addr, second.dialled) == (circuit, False)
-    assert (third.addr, third.error, third.source) == (good, "", "invite")
+    assert (second.addr, second.dialled) == ("via VZ5Ur63x", False)
+    assert (third.addr, third.error, third.source) == (
+        *(good.replace("/ip4/127.0.0.1/tcp/", "127.0.0.1:"), "", "invite"),
+    )
 
 
 @pytest.mark.slow

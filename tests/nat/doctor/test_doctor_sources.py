@@ -50,7 +50,7 @@ def test_a_public_report_names_the_address():
         status="public", confidence="high", addresses=("/ip4/203.0.113.9/tcp/1",)
     )
     assert (
-        "/ip4/203.0.113.9/tcp/1"
+        "public at 203.0.113.9:1,"
         in line("reachability", reachability=from_report(report)).detail
     )
 
