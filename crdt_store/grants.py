@@ -138,6 +138,19 @@ def is_authority_key(key: str) -> bool:
     return key.startswith(("0/", REDEMPTION_PREFIX))
 
 
+def decode_batch_untrusted(raws: Iterable[bytes]) -> tuple[list[Entry], int]:
+    """Return the entries, authority first, and how many did not decode."""
+    entries: list[Entry] = []
+    malformed = 0
+    for raw in raws:
+        try:
+            entries.append(decode_entry_untrusted(raw))
+        except RemoteProtocolError:
+            malformed += 1
+    entries.sort(key=lambda e: (not is_authority_key(e.key), e.key))
+    return entries, malformed
+
+
 def _about(key: str) -> tuple[type[Record], str, str]:
     for prefix, kind in (
         (GRANT_PREFIX, Grant),

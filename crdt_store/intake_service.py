@@ -15,12 +15,9 @@ import trio
 
 from crdt_store.clock import RESERVE_SECONDS, wall_seconds
 from crdt_store.entry import Entry
+from crdt_store.grants import decode_batch_untrusted
 from crdt_store.outcome import Outcome
-from crdt_store.replica import (
-    MAX_REDEMPTION_AGE_SECONDS,
-    Replica,
-    decode_batch_untrusted,
-)
+from crdt_store.replica import MAX_REDEMPTION_AGE_SECONDS, Replica
 from fabric.core.ids import PeerId, short
 from fabric.core.telemetry import Counters
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from crdt_store.authority import Authority
-from crdt_store.clock import MAX_FUTURE_SECONDS, HybridClock
+from crdt_store.clock import MAX_FUTURE_SECONDS, HybridClock, wall_seconds
 from crdt_store.entry import Entry, Slot, decode_entry_untrusted, sign_entry
 from crdt_store.grants import (
     GRANT_PREFIX,
@@ -27,6 +27,7 @@ from crdt_store.grants import (
     REVOCATION_PREFIX,
     ROOT_PREFIX,
     Mesh,
+    decode_batch_untrusted,
     is_authority_key,
 )
 from crdt_store.outcome import Changes, Outcome
@@ -125,6 +126,9 @@ class Replica:
     def restore(self, raws: Iterable[bytes], now: float) -> None:
         """Take in what our own disk holds, without checking signatures again.
 
+        Nor is anything held until it is due: it was due when we took it in, and a clock
+        that was set back since must not cost us what we acknowledged.
+
         Raises:
             RemoteProtocolError: not an entry: the disk is damaged.
         """
@@ -182,7 +186,7 @@ class Replica:
             return Outcome.STALE_REDEMPTION
         if not signed and not entry.signature_matches():
             return Outcome.BAD_SIGNATURE
-        if entry.seconds > now + MAX_FUTURE_SECONDS:
+        if entry.seconds > now + MAX_FUTURE_SECONDS and not signed:
             return self._hold(entry)
         if standing is Standing.CONFLICT and not self._wins_conflict(entry):
             return Outcome.EQUIVOCATION
@@ -233,7 +237,7 @@ class Replica:
         held = self.slots.get((key, signer.public_key))
         hlc = self.clock.tick(now)
         if held is not None and ttl_seconds:
-            left = held.expires_at - now
+            left = held.expires_at - wall_seconds(hlc)  # from where a lifetime counts
             ttl_seconds = 0 if left == math.inf else max(ttl_seconds, math.ceil(left))
         return sign_entry(signer, self._mesh_id, key, hlc, ttl_seconds, value)
 
@@ -392,16 +396,3 @@ class Replica:
             assert self.authority.refusal(entry) == ""
             known = self._offered.get(entry.id) or self._fading.get(entry.id)
             assert known is entry
-
-
-def decode_batch_untrusted(raws: Iterable[bytes]) -> tuple[list[Entry], int]:
-    """Return the entries, authority first, and how many did not decode."""
-    entries: list[Entry] = []
-    malformed = 0
-    for raw in raws:
-        try:
-            entries.append(decode_entry_untrusted(raw))
-        except RemoteProtocolError:
-            malformed += 1
-    entries.sort(key=lambda e: (not is_authority_key(e.key), e.key))
-    return entries, malformed
