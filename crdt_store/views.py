@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from typing import Annotated, Generic, Protocol, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from attestation.ports import Verdict
 from attestation.states import State, Tier
@@ -288,19 +289,27 @@ class Verdicts(View):
         self._revocation = revocation
 
     def record(self, verdict: Verdict) -> None:
-        """Keep our ``verdict`` and spread it, soon; an equal one is not repeated."""
+        """Keep our ``verdict`` and spread it, soon, if it says something new.
+
+        The evidence of a routine pass differs each time and is no news: after a restart
+        of ours everybody passes again, and every slot is stored by everyone.
+        """
         key = f"t/{segment(verdict.subject)}/{self._me}"
-        value = _VERDICT.encode(
-            _VerdictRecord(
-                verdict.state,
-                verdict.tier,
-                verdict.reason[:500],
-                verdict.evidence_digest[:32],
-            )
+        record = _VerdictRecord(
+            verdict.state,
+            verdict.tier,
+            verdict.reason[:500],
+            verdict.evidence_digest[:32],
         )
-        held = self._slots.get((key, public_key_of(self._me)))
-        if held is None or held.value != value:
-            self._put_soon(key, value, VERDICT_TTL_SECONDS)
+        known = _VERDICT.read(self._slots.get((key, public_key_of(self._me))))
+        if (
+            known is not None
+            and record.evidence_digest
+            and verdict.state is State.TRUSTED
+        ):
+            record = replace(record, evidence_digest=known.evidence_digest)
+        if record != known:
+            self._put_soon(key, _VERDICT.encode(record), VERDICT_TTL_SECONDS)
 
     def revocation(self, peer: PeerId) -> str | None:
         """Return why the mesh revoked ``peer``, or None."""

@@ -15,6 +15,10 @@ class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     save_timeout_seconds: float = 600.0
     """Longest a worker may take to write a checkpoint."""
     status_period_seconds: float = 60.0
-    """Shortest time between two status slots of one job that only change numbers."""
+    """How often the coordinator looks whether its job's status slot is still right."""
+    progress_seconds: float = 7200.0
+    """Numbers alone are written again after this time divided by the participants: the
+    share of half a write per peer and hour that is a running job's. Whoever wants them
+    sooner asks the coordinator."""
     refresh_seconds: float = 5.0
     """Replicated specs are looked through at least this often."""

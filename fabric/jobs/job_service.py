@@ -45,7 +45,7 @@ from fabric.jobs.runner import RunnerEvent, RunnerFailed
 from fabric.jobs.runner_service import Command, RunnerHost
 from fabric.jobs.seat import Seat
 from fabric.jobs.states import JobStatus
-from fabric.jobs.views import status_of
+from fabric.jobs.views import is_news, status_of
 from fabric.net.rpc_api import Rpc
 
 logger = logging.getLogger(__name__)
@@ -375,9 +375,11 @@ class JobTask:
         if seat.committed.coordinator != seat.me:
             return
         status = status_of(seat, now)
-        if generation is None and status == self._published:
+        share = self._config.progress_seconds / len(seat.committed.participants)
+        late = now - self._published_at >= share
+        if generation is None and not is_news(status, self._published, late=late):
             return
-        self._published = status
+        self._published, self._published_at = status, now
         try:
             if generation is not None:
                 await self._store.put_assignment(

@@ -43,6 +43,24 @@ def status_of(seat: Seat, now: float) -> JobStatus:
     )
 
 
+def is_news(status: JobStatus, known: JobStatus | None, *, late: bool) -> bool:
+    """Return whether to write ``status`` over the slot that says ``known``.
+
+    Args:
+        status: What is right now.
+        known: What was written last.
+        late: The slot is so old that numbers alone are worth a write, which every peer
+            of the mesh stores.
+    """
+    if known is None or status == known:
+        return known is None
+    return (
+        late
+        or msgspec.structs.replace(status, round=known.round, facts=known.facts)
+        != known
+    )
+
+
 def view_of_seat(seat: Seat, now: float, fault: str = "") -> JobView:
     """Return a job's row as this peer's seat knows it."""
     status = status_of(seat, now)

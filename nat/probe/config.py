@@ -30,7 +30,7 @@ class ProbeConfig(
     """One peer may have itself probed this often."""
     max_serves_per_minute: int = 64
     """Probes served to all peers together: 2 MiB each way, twice 32 links."""
-    publish_interval_seconds: float = 3600.0
+    publish_interval_seconds: float = 10800.0
     """Links are published again this often, if a step changed (write budget)."""
     urgent_interval_seconds: float = 60.0
     """New or lost links and changes by half or more are published this often."""

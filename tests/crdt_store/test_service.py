@@ -214,6 +214,26 @@ async def test_typed_tables(peers, world, autojump_clock):
     await until(lambda: other.verdicts.for_subject(about) == {me: verdict})
 
 
+async def test_a_routine_pass_is_not_written_again(
+    peers, world, network, autojump_clock
+):
+    store = await peers.open(world.workers[0])
+    about = world.workers[1].peer_id
+    station = network.stations[world.workers[0].peer_id]
+
+    async def sent_after(state: State, evidence: bytes) -> int:
+        before = len(station.published)
+        verdict = Verdict(about, state, Tier.SOFTWARE, "fine", evidence)
+        store.verdicts.record(verdict)
+        await trio.sleep(2)
+        return len(station.published) - before
+
+    assert await sent_after(State.TRUSTED, b"1" * 32) == 1
+    assert await sent_after(State.TRUSTED, b"2" * 32) == 0
+    assert await sent_after(State.QUARANTINED, b"3" * 32) == 1
+    assert await sent_after(State.QUARANTINED, b"4" * 32) == 1  # evidence of a failure
+
+
 async def test_a_full_disk_refuses_the_write_and_loses_nothing(
     peers, world, autojump_clock
 ):

@@ -24,6 +24,7 @@ from fabric.jobs.states import (
     is_over,
     merge,
 )
+from fabric.jobs.views import is_news
 
 states = st.sampled_from(JobState)
 
@@ -116,3 +117,14 @@ def test_silence_alone_is_not_loss():
 
 def test_a_beat_is_small():
     assert len(CODEC.encode(Beat("j" * 64, 3, 4))) < 150
+
+
+def test_numbers_alone_wait_and_everything_else_is_written_at_once() -> None:
+    known = JobStatus(state=JobState.RUNNING, counter=1, round=3)
+    ahead = JobStatus(state=JobState.RUNNING, counter=1, round=4, facts={"loss": 2.0})
+    over = JobStatus(state=JobState.DONE, counter=1, round=4)
+    assert is_news(known, None, late=False)
+    assert not is_news(known, known, late=True)
+    assert not is_news(ahead, known, late=False)
+    assert is_news(ahead, known, late=True)
+    assert is_news(over, known, late=False)

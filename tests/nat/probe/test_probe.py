@@ -154,8 +154,8 @@ def test_a_record_is_written_when_a_step_changes_and_not_for_noise():
         noisy = measured(up=1e6 * rng.uniform(0.97, 1.03), rtt=rng.uniform(0.03, 0.031))
         assert sheet.update({PEERS[1]: noisy}, 61.0 * minute) is None
     changed = {PEERS[1]: measured(up=1.5e6)}
-    assert sheet.update(changed, 3000.0) is None  # not urgent: the hour is not over
-    assert sheet.update(changed, 3602.0)[PEERS[1]].up_bytes_per_second > 1.4e6
+    assert sheet.update(changed, 10_000.0) is None  # not urgent: 3 h are not over
+    assert sheet.update(changed, 10_802.0)[PEERS[1]].up_bytes_per_second > 1.4e6
 
 
 def test_urgent_changes_are_written_within_a_minute():
