@@ -121,15 +121,19 @@ class Simulation:
     def run(self) -> Report:
         """Let it all happen; return what came of it."""
         started = time.perf_counter()
+        self.prepare()
+        self.engine.run(self.scenario.fault_seconds)
+        self._settle()
+        self._judge()
+        return self._report(time.perf_counter() - started)
+
+    def prepare(self) -> None:
+        """Bring the peers up and plan what will happen to them."""
         self._build(self._founding)
         self.drama.plan()
         self._plan_job()
         self.engine.after(self.scenario.sample_seconds, self._sample)
         self.mesh.run_expiry()
-        self.engine.run(self.scenario.fault_seconds)
-        self._settle()
-        self._judge()
-        return self._report(time.perf_counter() - started)
 
     def _build(self, founding: Founding) -> None:
         scenario, skews = self.scenario, self._stream("skews")

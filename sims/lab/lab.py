@@ -16,11 +16,12 @@ from fabric.app.client import Client
 from fabric.app.control_messages import PeerView
 from fabric.core.errors import ConfigError
 from sims.lab.network import Network
-from sims.lab.topology import NatKind, Topology
+from sims.lab.topology import IpVersions, NatKind, Topology
 from sims.local import Launch, LocalMesh
 
-PUBLIC_LISTEN = "/ip4/0.0.0.0/tcp/443"
+PUBLIC_PORT = 443
 """Where public hosts listen: the one port that every firewall lets out."""
+PUBLIC_LISTEN = f"/ip4/0.0.0.0/tcp/{PUBLIC_PORT}"
 HOME_PORT = 4001
 """Of the first host behind a gateway; each other takes the next. With equal ports the
 gateway would have to translate one of them differently for each destination."""
@@ -129,9 +130,8 @@ class Lab:
 
     def _launch(self, name: str) -> Launch:
         site = self.network.topology.site_of(name)
-        usual = f"/ip4/0.0.0.0/tcp/{HOME_PORT + site.host_names.index(name)}"
-        if name in self.public:
-            usual = PUBLIC_LISTEN
+        port = HOME_PORT + site.host_names.index(name)
+        usual = listen_on(site.ip, PUBLIC_PORT if name in self.public else port)
         return Launch(
             enter=self.network.enter(name),
             listen=self._listen.get(name, usual),
@@ -142,3 +142,10 @@ class Lab:
         for name in self.mesh.names:
             self.mesh.resume(name)
         self.mesh.down(grace_seconds=5)
+
+
+def listen_on(ip: IpVersions, port: int) -> str:
+    """Return the wildcards of ``ip`` as ``fabric up --listen`` takes them."""
+    found = [f"/ip4/0.0.0.0/tcp/{port}"] if ip.has_ip4 else []
+    found += [f"/ip6/::/tcp/{port}"] if ip.has_ip6 else []
+    return ",".join(found)

@@ -71,8 +71,8 @@ class Network:
             )
         sweep()
         try:
-            script = Script(self.prefix)
-            build_switch(script)
+            script = self._script()
+            build_switch(script, ip6=self.topology.has_ip6)
             for number, site in enumerate(self.topology.sites, 1):
                 build_site(script, site, number)
             self._run(script.steps())
@@ -122,6 +122,13 @@ class Network:
         done = subprocess.run(argv, capture_output=True, check=True)
         return int(done.stdout)
 
+    def received_bytes6(self, host: str) -> int:
+        """Return how much the host has received in IPv6 packets."""
+        argv = [*self.enter(host), "cat", "/proc/net/snmp6"]
+        done = subprocess.run(argv, capture_output=True, check=True, text=True)
+        counters = dict(line.split() for line in done.stdout.splitlines())
+        return int(counters["Ip6InOctets"])
+
     def renumber(self, site: str) -> None:
         """Give the site another public address; flows through the old one are dead."""
         old = self.public_address(site)
@@ -153,7 +160,7 @@ class Network:
         after = msgspec.structs.replace(before, kind=kind)
         sites = tuple(after if s.name == site else s for s in self.topology.sites)
         self.topology = msgspec.structs.replace(self.topology, sites=sites)
-        script = Script(self.prefix)
+        script = self._script()
         build_edge(script, after, number, self._up(site))
         self._run(script.steps())
         self._start_link(after)
@@ -171,7 +178,7 @@ class Network:
         self._inside(SWITCH, [f"link set {port} master lan{number}"])
         self._inside(host, [f"addr del {self.address(host)}/24 dev eth0"])
         self._places[host] = (site, index)
-        script = Script(self.prefix)
+        script = self._script()
         settle_host(script, host, target, number, index)
         self._run(script.steps())
 
@@ -184,6 +191,9 @@ class Network:
         """End a black hole."""
         number = self.topology.number(site)
         self._inside(SWITCH, [f"link set up{number} master pub"])
+
+    def _script(self) -> Script:
+        return Script(self.prefix, self.topology.net6)
 
     def _up(self, site: str) -> int:
         return self._uplinks.get(site, 0)

@@ -4,6 +4,9 @@ One namespace, ``switch``, holds every bridge: ``pub`` is the public network, ``
 that of site N. Namespaces of gateways and hosts hang on it, so a gateway can be
 replaced while its hosts keep their link.
 
+IPv6 is routed by the switch, without translation: 2001:db8::N:10 is site N's end of the
+public network, 2001:db8:N::/64 what its gateway routes to its hosts.
+
     host eth0 -- hN-k [lanN] glN -- lan GATEWAY ext -- upN [pub] upM -- eth0 public host
 """
 
@@ -57,6 +60,18 @@ def host_address(site: Site, number: int, index: int, uplink: int = 0) -> str:
     return f"{lan_of(site, number)}.{10 + index}"
 
 
+def public_address6(net6: str, number: int) -> str:
+    """Return the IPv6 address of site ``number`` on the public network."""
+    return f"{net6}::{number}:10"
+
+
+def host_address6(net6: str, site: Site, number: int, index: int) -> str:
+    """Return the IPv6 address of the site's host ``index``."""
+    if site.kind is NatKind.NONE:
+        return public_address6(net6, number)
+    return f"{net6}:{number}::{10 + index}"
+
+
 def edge_of(site: Site) -> tuple[str, str]:
     """Return (role, device) of what holds the site's public address."""
     if site.kind is NatKind.NONE:
@@ -78,10 +93,13 @@ class Script:
 
     Args:
         prefix: Of the namespaces' names.
+        net6: First two groups of every IPv6 address.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, net6: str = "2001:db8") -> None:
+        self.net6 = net6
         self._prefix = prefix
+        self._has_ip6: set[str] = set()
         self._root: list[str] = []
         self._links: list[str] = []
         self._inside: dict[str, list[str]] = {}
@@ -89,8 +107,12 @@ class Script:
         self._rules: dict[str, str] = {}
         self._born: dict[str, bool] = {}
 
-    def namespace(self, role: str, *, forwards: bool = False, rules: str = "") -> None:
+    def namespace(
+        self, role: str, *, forwards: bool = False, rules: str = "", ip6: bool = False
+    ) -> None:
         """Create a namespace; a gateway forwards by ``rules``."""
+        if ip6:
+            self._has_ip6.add(role)
         self._root.append(f"netns add {self._prefix}{role}")
         self._born[role] = forwards
         self.inside(role, "link set lo up")
@@ -135,10 +157,12 @@ class Script:
         return [step for step in found if step.stdin or "exec" in step.argv]
 
     def _sysctl(self, role: str) -> Step:
-        # no IPv6: link-local addresses would be announced and lead nowhere
-        settings = ["net.ipv6.conf.all.disable_ipv6=1"]
-        settings += ["net.ipv6.conf.default.disable_ipv6=1"]
-        settings += [f"net.ipv4.ip_forward={int(self._born[role])}"]
+        # where there is no IPv6, link-local addresses would only be in the way
+        off, forwards = int(role not in self._has_ip6), int(self._born[role])
+        settings = [f"net.ipv6.conf.all.disable_ipv6={off}"]
+        settings += [f"net.ipv6.conf.default.disable_ipv6={off}"]
+        settings += [f"net.ipv6.conf.all.forwarding={forwards and not off:d}"]
+        settings += [f"net.ipv4.ip_forward={forwards}"]
         enter = ("ip", "netns", "exec", self._prefix + role)
         return Step((*enter, "sysctl", "-qw", *settings))
 
@@ -147,10 +171,12 @@ def _batch(argv: tuple[str, ...], lines: Sequence[str]) -> Step:
     return Step((*argv, "-batch", "-"), "\n".join(lines) + "\n" if lines else "")
 
 
-def build_switch(script: Script) -> None:
+def build_switch(script: Script, *, ip6: bool = False) -> None:
     """Create the public network."""
-    script.namespace(SWITCH)
+    script.namespace(SWITCH, forwards=ip6, ip6=ip6)
     script.inside(SWITCH, "link add pub type bridge", "link set pub up")
+    if ip6:
+        script.inside(SWITCH, f"addr add {script.net6}::1/64 dev pub nodad")
 
 
 def build_site(script: Script, site: Site, number: int) -> None:
@@ -159,7 +185,7 @@ def build_site(script: Script, site: Site, number: int) -> None:
         lan = f"lan{number}"
         script.inside(SWITCH, f"link add {lan} type bridge", f"link set {lan} up")
     for index, host in enumerate(site.host_names):
-        script.namespace(host)
+        script.namespace(host, ip6=site.ip.has_ip6)
         if site.kind is not NatKind.NONE:
             port = f"h{number}-{index}"
             script.link((SWITCH, port), (host, "eth0"))
@@ -176,6 +202,13 @@ def settle_host(script: Script, host: str, site: Site, number: int, index: int) 
         "link set eth0 up",
         f"route add default via {lan_of(site, number)}.1",
     )
+    if site.ip.has_ip6:
+        own = host_address6(script.net6, site, number, index)
+        script.inside(
+            host,
+            f"addr add {own}/64 dev eth0 nodad",
+            f"route add default via {script.net6}:{number}::1",
+        )
 
 
 def build_edge(script: Script, site: Site, number: int, uplink: int = 0) -> None:
@@ -185,7 +218,7 @@ def build_edge(script: Script, site: Site, number: int, uplink: int = 0) -> None
     for role in gateways:
         outermost = role == gateways[-1]
         rules = rules_of(behaviour if outermost else HOME)
-        script.namespace(role, forwards=True, rules=rules)
+        script.namespace(role, forwards=True, rules=rules, ip6=site.ip.has_ip6)
     if gateways:
         home = gateways[0]
         script.link((SWITCH, f"gl{number}"), (home, "lan"))
@@ -197,6 +230,11 @@ def build_edge(script: Script, site: Site, number: int, uplink: int = 0) -> None
             f"addr add {lan_of(site, number)}.1/24 dev lan",
             "link set lan up",
         )
+        if site.ip.has_ip6:
+            lan = f"{script.net6}:{number}::"
+            script.inside(home, f"addr add {lan}1/64 dev lan nodad")
+            via = public_address6(script.net6, number)
+            script.inside(SWITCH, f"route add {lan}/64 via {via} dev pub")
     if len(gateways) > 1:
         _build_carrier(script, gateways[0], gateways[1], number)
     _build_uplink(script, site, number, uplink)
@@ -224,10 +262,16 @@ def _build_uplink(script: Script, site: Site, number: int, uplink: int) -> None:
     else:
         script.link((SWITCH, port), (role, device))
     script.inside(SWITCH, f"link set {port} master pub up")
-    script.inside(
-        role,
-        f"addr add {public_address(number, uplink)}/{PUBLIC_BITS} dev {device}",
-        f"link set {device} up",
-    )
+    script.inside(role, f"link set {device} up")
+    if site.ip.has_ip4:
+        own = f"{public_address(number, uplink)}/{PUBLIC_BITS}"
+        script.inside(role, f"addr add {own} dev {device}")
+    if site.ip.has_ip6:
+        own = f"{public_address6(script.net6, number)}/64"
+        script.inside(
+            role,
+            f"addr add {own} dev {device} nodad",
+            f"route add default via {script.net6}::1",
+        )
     script.shape(role, device, site.shape)
     script.shape(SWITCH, port, site.shape)

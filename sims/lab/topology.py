@@ -127,6 +127,27 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         return self.delay_seconds > 0 or self.loss > 0
 
 
+class IpVersions(enum.StrEnum):
+    """What a site's uplink carries.
+
+    IPv6 is never translated nor filtered, as in a home whose router opens it.
+    """
+
+    V4 = "4"
+    V6 = "6"
+    BOTH = "both"
+
+    @property
+    def has_ip4(self) -> bool:
+        """Whether there is IPv4."""
+        return self is not IpVersions.V6
+
+    @property
+    def has_ip6(self) -> bool:
+        """Whether there is IPv6."""
+        return self is not IpVersions.V4
+
+
 class Site(msgspec.Struct, frozen=True, kw_only=True):
     """One connection to the public network and the hosts behind it.
 
@@ -137,6 +158,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         shape: Rate, delay and loss of its uplink.
         lan: Third octet of its private network 192.168.x.0/24; 0 takes the site's
             number. Homes with equal networks are common: give several the same.
+        ip: IPv4, IPv6 or both.
     """
 
     name: str
@@ -144,6 +166,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     hosts: int = 1
     shape: Shape = Shape()
     lan: int = 0
+    ip: IpVersions = IpVersions.V4
 
     @property
     def host_names(self) -> tuple[str, ...]:
@@ -159,10 +182,17 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         sites: Numbered from 1 in this order.
         seed: Of the losses.
+        net6: First two groups of every IPv6 address; "fd00:1ab" makes them private.
     """
 
     sites: tuple[Site, ...]
     seed: int = 1
+    net6: str = "2001:db8"
+
+    @property
+    def has_ip6(self) -> bool:
+        """Whether any site has IPv6."""
+        return any(site.ip.has_ip6 for site in self.sites)
 
     def check(self) -> None:
         """Refuse what cannot be built.
@@ -179,6 +209,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             most = 1 if site.kind is NatKind.NONE else MAX_HOSTS
             if not 0 < site.hosts <= most:
                 raise ConfigError(f"{site.name}: {site.hosts} hosts, at most {most}")
+            gateways = site.kind.behaviour.layers
+            if gateways and not site.ip.has_ip4:
+                raise ConfigError(f"{site.name}: a gateway translates IPv4")
+            if gateways > 1 and site.ip.has_ip6:
+                raise ConfigError(f"{site.name}: IPv6 passes one gateway at most")
             if not site.name.replace("-", "").replace("_", "").isalnum():
                 raise ConfigError(f"{site.name!r}: letters, digits, - and _ only")
 

@@ -61,6 +61,7 @@ class Gossip:
         self._config = GossipConfig()
         self._neighbours: list[list[int]] = []
         self._epoch = -1
+        self._grafted: set[int] = set()
         self.num_published = 0
 
     def publish(self, origin: int, payload: bytes) -> Flood:
@@ -126,7 +127,10 @@ class Gossip:
         config, neighbours = self._config, self._neighbours
         for peer in members:
             mine = neighbours[peer]
-            if len(mine) >= min(config.degree_low, len(members) - 1):
+            # a newcomer takes its full share; later only a lack is made good
+            enough = config.degree_low if peer in self._grafted else config.degree
+            self._grafted.add(peer)
+            if len(mine) >= min(enough, len(members) - 1):
                 continue
             wanted = min(config.degree, len(members) - 1)
             draws = min(len(members), 8 * wanted)  # enough; a thin mesh still works
