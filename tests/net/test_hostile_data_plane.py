@@ -237,6 +237,10 @@ def gone(node):
     return not node.plane.registry.traffic()
 
 
+def num_open(traffic):
+    return sum(traffic.connections.values())
+
+
 @pytest.mark.parametrize("size", [1, 1 << 16])
 async def test_random_bytes_after_a_good_label_serve_nobody(size):
     async with network() as nodes:
@@ -254,3 +258,35 @@ async def test_random_bytes_after_a_good_label_serve_nobody(size):
         await stream.aclose()
         assert served == []
         assert counted(nodes[B], "bugs_total") == 0
+
+
+@pytest.mark.parametrize("lie", [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"])
+async def test_a_member_whose_rpc_frame_lies_loses_that_connection_only(lie):
+    async with network() as nodes:
+        before = resident_bytes()
+        stream, _ = await nodes[A].plane.connect(B)  # TLS, both sides authenticated
+        await stream.send_all(lie + b"x" * 1000)
+        with trio.fail_after(5):
+            assert await ends(stream)
+        await stream.aclose()
+        await until(lambda: counted(nodes[B], "protocol_errors_total:rpc") == 1)
+        assert resident_bytes() - before < 16 << 20
+        assert await nodes[A].rpc.call(B, "x.echo", b"fine") == b"fine"
+
+
+async def test_connections_in_all_are_within_the_budget():
+    config = DataConfig(budget=BudgetConfig(max_connections=3))
+    async with network("abm", config=config) as nodes:
+        nodes[B].bulk.serve_bulk("wait", lambda sock, peer: sock.recv(1))
+        held = [await nodes[A].bulk.dial_bulk(B, "wait") for _ in range(2)]
+        other = SIGNERS["m"].peer_id
+        held.append(await nodes[other].bulk.dial_bulk(B, "wait"))
+        for node in (nodes[A], nodes[other]):
+            with pytest.raises((RemoteRefused, Unavailable)) as refused:
+                await node.bulk.dial_bulk(B, "wait")
+            assert refused.value.code == "E_BUDGET"
+        assert sum(map(num_open, nodes[B].plane.registry.traffic().values())) == 3
+        for sock in held:
+            sock.close()
+        await until(lambda: gone(nodes[B]))
+        (await nodes[other].bulk.dial_bulk(B, "wait")).close()

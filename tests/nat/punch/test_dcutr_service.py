@@ -1,6 +1,7 @@
 """DCUtR between real hosts of this machine; NATs are in test_punch_lab.py."""
 
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -170,6 +171,46 @@ async def test_malformed_messages_are_counted(data):
         await stream.send_all(data)
         counter = f"{PROTOCOL_ERRORS}:dcutr"
         await until(lambda: one.counters.snapshot().get(counter) == 1)
+
+
+async def test_a_victim_that_is_named_again_and_again_hears_little():
+    """It listens where we may dial, and is not who the CONNECT says."""
+    config = PunchConfig(punch_seconds=0.3, dcutr_attempts=1, inbound_burst=3)
+    heard = []
+
+    async def victim(stream):
+        heard.append(0)
+        async for data in stream:
+            heard[-1] += len(data)
+
+    async with relayed(config, services=False) as (one, two):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(one.service.run)
+            ears, *_ = await nursery.start(
+                partial(trio.serve_tcp, victim, 0, host="127.0.0.1")
+            )
+            addr = f"/ip4/127.0.0.1/tcp/{ears.socket.getsockname()[1]}"
+            with trio.fail_after(20):
+                async with trio.open_nursery() as asking:
+                    for _ in range(30):
+                        asking.start_soon(ask_to_dial, two, one, (addr,) * 8)
+            counted = one.counters.snapshot()
+            nursery.cancel_scope.cancel()
+    assert counted[f"{REFUSALS}:E_PUNCH_BUSY"] >= 30 - 4
+    assert 1 <= len(heard) <= 4  # one connection of each punch that was let in
+    assert sum(heard) <= 100 * len(heard)  # a greeting that a victim does not answer
+
+
+async def ask_to_dial(end, other, addrs):
+    """Do what the side that was dialled does, and name ``addrs`` as ours."""
+    stream = await end.host.open_stream(other.peer, PROTOCOL_DCUTR)
+    try:
+        await stream.send_all(encode_hole_punch(HolePunch(CONNECT, addrs)))
+        while await stream.receive_some():
+            await stream.send_all(encode_hole_punch(HolePunch(SYNC)))
+    except trio.BrokenResourceError:
+        pass
+    await stream.aclose()
 
 
 async def test_a_spoofed_connect_is_not_dialled_and_not_repeated_for_ever():

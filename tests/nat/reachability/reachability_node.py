@@ -1,6 +1,7 @@
 """One peer of a laboratory network: ``server`` until its input ends, or ``client``.
 
-A server prints its address. A client is given the addresses of servers and prints, as
+A ``liar`` is a server that tells everybody a forged observed address, and that it could
+not dial them. A server prints its address. A client is given the addresses of servers and prints, as
 JSON, what it finds out about its own reachability.
 """
 
@@ -11,12 +12,16 @@ from functools import partial
 import msgspec
 import trio
 
+from fabric.core.errors import NoRoute
+from fabric.core.protobuf import delimited, encode_message
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
 from fabric.net.config import HostConfig
 from fabric.net.libp2p_dialback import DialBack
 from fabric.net.libp2p_host import open_host
-from fabric.net.libp2p_identify import identify
+from fabric.net.libp2p_identify import IDENTIFY_PROTOCOL, identify
+from nat.multiaddr_bytes import encode_multiaddr
+from nat.reachability.autonat_messages import PROTOCOL_DIAL_BACK, PROTOCOL_DIAL_REQUEST
 from nat.reachability.autonat_service import AutonatService
 from nat.reachability.config import AutonatConfig, ReachabilityConfig
 from nat.reachability.netwatch_service import open_netwatch
@@ -32,9 +37,26 @@ def host():
     return open_host(config, Ed25519Signer.generate(), ListGate(), Counters())
 
 
-async def serve():
+class DeadEnd(DialBack):
+    """Reaches nobody."""
+
+    async def tell(self, peer, ip, port, protocol, message):
+        raise NoRoute("no")
+
+
+async def forge(stream):
+    protocols = (PROTOCOL_DIAL_REQUEST, PROTOCOL_DIAL_BACK, IDENTIFY_PROTOCOL)
+    observed = encode_multiaddr("/ip4/203.0.113.66/tcp/6666")
+    names = [(3, name.encode()) for name in protocols]
+    await stream.write(delimited(encode_message([*names, (4, observed)])))
+
+
+async def serve(*, honest):
     async with host() as server:
-        AutonatService(server, DialBack(HostConfig()), CONFIG.autonat, server.counters)
+        back = DialBack(HostConfig()) if honest else DeadEnd(HostConfig())
+        AutonatService(server, back, CONFIG.autonat, server.counters)
+        if not honest:
+            server.basic.set_stream_handler(IDENTIFY_PROTOCOL, forge)
         print(next(a for a in server.addrs() if "127.0.0.1" not in a), flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
 
@@ -58,4 +80,7 @@ async def ask(addrs):
 
 if __name__ == "__main__":
     role, *rest = sys.argv[1:]
-    trio.run(serve) if role == "server" else trio.run(ask, rest)
+    if role == "client":
+        trio.run(ask, rest)
+    else:
+        trio.run(partial(serve, honest=role == "server"))

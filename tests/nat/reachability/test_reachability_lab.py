@@ -52,9 +52,9 @@ def verdicts():
                 server.communicate(timeout=10)
 
 
-def serve(network, name):
+def serve(network, name, role="server"):
     return subprocess.Popen(
-        [*network.enter(name), *NODE, "server"],
+        [*network.enter(name), *NODE, role],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,5 +1,7 @@
 """Abuse of a relay between real hosts: refused, counted, and nothing is left."""
 
+import resource
+
 import pytest
 import trio
 
@@ -28,6 +30,11 @@ from tests.nat.relay.relay_network import (
 )
 
 pytestmark = pytest.mark.slow
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 async def ask(who, hub, data):
@@ -94,6 +101,7 @@ async def test_a_storm_of_connects_is_refused_and_leaves_nothing():
     ):
         await reserved(two, hub)
         await one.host.connect(hub.id, hub.host.addrs())
+        before = resident_bytes()
         opened, refused = [], []
 
         async def storm():
@@ -110,6 +118,7 @@ async def test_a_storm_of_connects_is_refused_and_leaves_nothing():
         assert set(refused) == {"E_RELAY_RESOURCE_LIMIT_EXCEEDED"}
         assert len(opened) + len(refused) == 60
         assert len(hub.relay.book.circuits) <= 4
+        assert resident_bytes() - before < 16 << 20
         for stream in opened:
             await stream.aclose()
         await until(lambda: not hub.relay.book.circuits)
@@ -145,9 +154,11 @@ async def test_a_reader_that_stalls_holds_a_bounded_part_of_the_relay():
     async with relay(**FAST) as hub, client() as one, client() as two:
         await reserved(two, hub)
         near, far = await data_circuit(one, two)
+        before = resident_bytes()
         with trio.move_on_after(1.5):
             while True:
                 await near.send_all(bytes(1 << 16))  # far reads nothing
+        assert resident_bytes() - before < 16 << 20  # of all three
         carried = hub.relay.book.carried[one.id]
         # windows of both hops, the pump's piece, and the kernel's socket pairs
         assert carried < 4 << 20

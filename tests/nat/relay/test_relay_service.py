@@ -142,6 +142,63 @@ async def test_the_byte_rate_is_kept_within_five_percent():
         await far.aclose()
 
 
+BUDGETS = [
+    ("max_bytes_per_second_per_circuit", 2e6),
+    ("max_bytes_per_second_per_peer", 4e6),
+    ("max_bytes_per_second", 4e6),
+]
+
+
+@pytest.mark.parametrize(("name", "rate"), BUDGETS)
+async def test_two_circuits_keep_each_budget_within_five_percent(name, rate):
+    """Of each circuit, of all with one peer, of all: what the relay then carries."""
+    total = 3 << 20
+    settings = {**FAST, name: rate, "burst_seconds": 0.05}
+    async with (
+        relay(**settings) as hub,
+        client() as one,
+        client() as two,
+        client() as three,
+    ):
+        await reserved(two, hub)
+        other = three if name == "max_bytes_per_second" else one
+        pairs = [await data_circuit(one, two), await data_circuit(other, two)]
+        started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for near, far in pairs:
+                nursery.start_soon(transfer, near, far, total)
+        seconds = trio.current_time() - started
+        # what goes both ways through both circuits shares the 4 MB/s
+        assert 4 * total / seconds == pytest.approx(4e6, rel=0.05)
+        assert hub.relay.book.carried[two.id] >= 4 * total
+        for pair in pairs:
+            for stream in pair:
+                await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("max_circuits_per_peer", "E_RELAY_RESOURCE_LIMIT_EXCEEDED"),
+        ("max_circuits", "E_RELAY_RESOURCE_LIMIT_EXCEEDED"),
+    ],
+)
+async def test_circuits_beyond_the_budget_are_refused_and_freed_ones_given(name, code):
+    async with relay(**{name: 2}) as hub, client() as one, client() as two:
+        await reserved(two, hub)
+        await one.host.connect(hub.id, hub.host.addrs())
+        held = [(await connect(one.host, hub.id, two.id))[0] for _ in range(2)]
+        with pytest.raises(RemoteRefused) as refused:
+            await connect(one.host, hub.id, two.id)
+        assert refused.value.code == code
+        assert len(hub.relay.book.circuits) == 2
+        for stream in held:
+            await stream.aclose()
+        await until(lambda: not hub.relay.book.circuits)
+        stream, _ = await connect(one.host, hub.id, two.id)
+        await stream.aclose()
+
+
 async def reset_after(stream, piece, pieces=1000):
     """Send until the relay resets the circuit, which it must."""
 
