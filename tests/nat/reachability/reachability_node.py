@@ -1,8 +1,8 @@
 """One peer of a laboratory network: ``server`` until its input ends, or ``client``.
 
 A ``liar`` is a server that tells everybody a forged observed address, and that it could
-not dial them. A server prints its address. A client is given the addresses of servers and prints, as
-JSON, what it finds out about its own reachability.
+not dial them. A server prints its address. A client is given the addresses of servers
+and prints, as JSON, what it finds out about its own reachability.
 """
 
 import json

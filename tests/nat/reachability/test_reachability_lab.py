@@ -114,3 +114,35 @@ def test_the_external_address_is_the_gateways(verdicts):
 def test_the_way_a_symmetric_nat_chooses_ports_is_seen(verdicts):
     assert verdicts[NatKind.SYMMETRIC]["mapping"]["allocation"] == "random"
     assert verdicts[NatKind.SYMMETRIC_SEQ]["mapping"]["allocation"] == "sequential"
+
+
+LIED_TO = {
+    NatKind.NONE: ("public", "none"),
+    NatKind.CONE_REMAP: ("private", "endpoint_independent"),
+    NatKind.SYMMETRIC_SEQ: ("private", "address_or_port_dependent"),
+}
+
+
+def test_one_liar_among_observers_moves_no_verdict():
+    """It forges what it observed, and says that it could not dial back."""
+    sites = [
+        Site(name=f"x-{kind.value.replace('_', '-')}", kind=kind) for kind in LIED_TO
+    ]
+    names = [Site(name=name) for name in (*SERVERS, "liar")]
+    with Network(Topology(sites=(*names, *sites))) as network:
+        servers = [serve(network, name) for name in SERVERS]
+        servers.append(serve(network, "liar", "liar"))
+        try:
+            addrs = [server.stdout.readline().strip() for server in servers]
+            # the liar first: it is asked, whoever else is
+            found = [ask(network, site, addrs[::-1]) for site in sites]
+        finally:
+            for server in servers:
+                server.kill()
+                server.communicate(timeout=10)
+        public = network.public_address("x-cone-remap")
+    verdicts = [(each["status"], each["mapping"]["kind"]) for each in found]
+    assert verdicts == list(LIED_TO.values())
+    assert found[1]["mapping"]["external"].split(":")[0] == public
+    externals = [each["mapping"]["external"] or "" for each in found]
+    assert not any(external.startswith("203.0.113.66") for external in externals)
