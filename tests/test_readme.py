@@ -1,11 +1,15 @@
 """What the README tells people to type exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from fabric.app.cli import app, mount_verbs
+from fabric.app.config import NodeConfig
+from fabric.app.config_loader import load_config
+from fabric.app.up_flags import settings_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,8 +37,36 @@ def test_make_target_exists(target):
     assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def command_lines(document):
+    """The ``fabric`` lines of the fenced blocks, without their comments."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if FABRIC.match(line)]
+
+
+FABRIC = re.compile(r"(\.venv/bin/)?fabric ")
+TYPED = [
+    arguments[1:]
+    for document in ("README.md", "CONTRIBUTING.md")
+    for arguments in command_lines((ROOT / document).read_text())
+]
+
+
+@pytest.mark.parametrize("arguments", TYPED, ids=" ".join)
+def test_command_line_is_understood(arguments):
+    command, bound, _ = app.parse_args(
+        arguments, exit_on_error=False, print_error=False
+    )
+    assert callable(command)
+    if command.__name__ == "up":
+        given = {k: v for k, v in bound.arguments.items() if k != "home"}
+        settings = settings_of(given.pop("set", ()), **given)
+        load_config(NodeConfig, ROOT / "no-such.toml", {}, settings)
+
+
 PACKAGES = [
     "fabric",
+    "nat",
     "attestation",
     "crdt_store",
     "dht",
@@ -63,6 +95,7 @@ def test_advice_names_verbs_that_exist(verb):
 
 
 def test_enough_is_found():
+    assert len(TYPED) > 15
     assert {"up", "mesh init", "invite", "join", "status", "run"} <= set(VERBS)
     assert {"demo", "test", "bench"} <= set(TARGETS)
 

@@ -17,6 +17,8 @@ SOURCE = Path(__file__).parent / "js"
 INSTALLED = Path(__file__).parents[2] / "build" / "interop"
 """Ignored by git; a folder per lock file, so that a change installs anew."""
 INSTALL_SECONDS = 300
+MIN_NODE = 20
+"""What js-libp2p needs."""
 STEP_SECONDS = 15
 
 
@@ -52,11 +54,21 @@ class JsNode:
         return answer
 
 
+def node_major():
+    """Return the major version of node."""
+    done = subprocess.run(
+        ["node", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    return int(done.stdout.strip().removeprefix("v").partition(".")[0])
+
+
 @pytest.fixture(scope="session")
 def js_folder():
     """A folder with the locked packages and the node's program."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("install nodejs and npm")
+    if (major := node_major()) < MIN_NODE:
+        pytest.skip(f"node {major} < {MIN_NODE}: npm install --global node@{MIN_NODE}")
     lock = (SOURCE / "package-lock.json").read_bytes()
     folder = INSTALLED / hashlib.sha256(lock).hexdigest()[:16]
     if not folder.exists():
