@@ -166,7 +166,12 @@ class MemberConnector:
             self._note_failure(peer, error, addrs if dialled else ())
         except FabricError as exc:
             if exc.code != self._last_code(peer):
-                log.info("meet.failed peer=%s code=%s", short(peer), exc.code)
+                log.info(
+                    "meet.failed peer=%s code=%s reason=%s",
+                    short(peer),
+                    exc.code,
+                    exc.reason,
+                )
             self._note_failure(peer, exc, addrs if dialled else ())
         else:
             worked = answered(addrs, self._connections(peer)) if dialled else ()

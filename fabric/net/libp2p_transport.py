@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from contextlib import suppress
 
 import trio
 from libp2p.abc import IListener, IMuxedConn, IRawConnection, ISecureConn
@@ -34,7 +35,15 @@ from fabric.core.errors import ConfigError
 from fabric.net.libp2p_guard import check_read
 from fabric.net.libp2p_muxer import YAMUX_PROTOCOL, FabricMuxer, MuxerLimits
 from fabric.net.libp2p_noise import FabricNoise
-from fabric.net.port_reuse import EPHEMERAL, Source, connect, listen_shared, source_for
+from fabric.net.port_reuse import (
+    CONNECT_SECONDS,
+    EPHEMERAL,
+    NO_SUCH_IP,
+    Source,
+    connect,
+    listen_shared,
+    source_for,
+)
 
 NOISE_PROTOCOL = TProtocol("/noise")
 FROM_ANY_PORT = EPHEMERAL
@@ -140,9 +149,15 @@ class FabricTcp(TCP):
             raise OpenConnectionError(f"{maddr} has no IP address")
         port = int(maddr.value_for_protocol("tcp") or 0)
         try:
-            stream = await connect(ip, port, source or source_for(ip, self._listening))
+            with trio.fail_after(CONNECT_SECONDS):
+                chosen = source or source_for(ip, self._listening)
+                stream = await connect(ip, port, chosen)
         except OSError as exc:
             raise OpenConnectionError(f"{exc.strerror or exc}") from exc
+        except trio.TooSlowError:
+            raise OpenConnectionError(
+                f"no answer within {CONNECT_SECONDS:g} s"
+            ) from None
         return RawConnection(FabricTcpStream(stream), True)
 
     def create_listener(self, handler_function: THandler) -> IListener:
@@ -165,17 +180,39 @@ async def bind(addrs: Sequence[str]) -> tuple[tuple[Multiaddr, ...], FabricTcp]:
     bound: dict[str, list[trio.SocketListener]] = {}
     transport = FabricTcp(bound)
     parsed = tuple(parse_tcp_addr(addr) for addr in addrs)
+    listening: list[Multiaddr] = []
+    port = 0
     for maddr in parsed:
-        port = int(maddr.value_for_protocol("tcp") or 0)
         try:
-            bound[str(maddr)] = [
-                listen_shared(str(extract_ip_from_multiaddr(maddr)), port)
-            ]
+            listener = _listen(maddr, port)
         except OSError as exc:
+            if exc.errno in NO_SUCH_IP and _is_any_ip6(maddr) and len(parsed) > 1:
+                continue  # a machine without IPv6
             await transport.aclose()
             raise _listen_error(str(maddr), exc) from exc
+        listening.append(maddr)
+        bound[str(maddr)] = [listener]
+        port = port or listener.socket.getsockname()[1]
     transport.share_ports()
-    return parsed, transport
+    return tuple(listening), transport
+
+
+def _is_any_ip6(maddr: Multiaddr) -> bool:
+    return str(extract_ip_from_multiaddr(maddr)) == "::"
+
+
+def _listen(maddr: Multiaddr, preferred_port: int) -> trio.SocketListener:
+    """Return a listener; port 0 is the same port as the other addresses' if it is free.
+
+    Raises:
+        OSError: the address is taken, or not ours.
+    """
+    ip = str(extract_ip_from_multiaddr(maddr))
+    port = int(maddr.value_for_protocol("tcp") or 0)
+    if not port and preferred_port:
+        with suppress(OSError):
+            return listen_shared(ip, preferred_port)
+    return listen_shared(ip, port)
 
 
 def parse_tcp_addr(addr: str) -> Multiaddr:

@@ -18,6 +18,10 @@ import trio
 
 from fabric.net.socket_options import set_liveness
 
+CONNECT_SECONDS = 3.0
+"""An address that is silent for this long is not tried any longer: a SYN and its first
+repeat, after 1 s, were lost. What is dialled anew in between has newer addresses, and
+the way through a relay, which waits for nobody."""
 BACKLOG = 128
 """Connections that completed and were not accepted yet."""
 _PORT_BUSY = frozenset(
@@ -25,6 +29,8 @@ _PORT_BUSY = frozenset(
 )
 """The reused port does not do for this target: the same pair of addresses and ports has
 a connection already (or one that just ended), or the address cannot reach there."""
+NO_SUCH_IP = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+"""The machine has no address of that kind, or has that kind of IP switched off."""
 
 Source = tuple[str, int]
 """Address and port to bind before a dial; port 0 lets the system choose."""

@@ -9,6 +9,7 @@ import trio
 
 from fabric.core.errors import NoRoute, Unavailable
 from fabric.net.offers import format_address
+from fabric.net.port_reuse import CONNECT_SECONDS
 from fabric.net.socket_options import set_liveness
 
 SECOND_AFTER_SECONDS = 0.1
@@ -34,7 +35,8 @@ async def connect_any(
             if second:
                 with trio.move_on_after(SECOND_AFTER_SECONDS):
                     await dials.over.wait()
-                await dials.run(second, nursery.cancel_scope)
+                if dials.winner is None:
+                    await dials.run(second, nursery.cancel_scope)
     except BaseException:
         if dials.winner is not None:
             dials.winner.close()
@@ -66,16 +68,23 @@ class _Dials:
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         sock = trio.socket.socket(family, socket.SOCK_STREAM)
         try:
-            await sock.connect((ip, port))
+            with trio.fail_after(CONNECT_SECONDS):
+                await sock.connect((ip, port))
             set_liveness(sock, patient=True)
             if self.winner is None:
                 self.winner = sock
                 race.cancel()
-        except OSError as exc:
-            self.failures.append(f"{format_address(ip, port)}: {exc.strerror or exc}")
+        except (OSError, trio.TooSlowError) as exc:
+            self.failures.append(f"{format_address(ip, port)}: {_why(exc)}")
         finally:
             if sock is not self.winner:
                 sock.close()
+
+
+def _why(error: OSError | trio.TooSlowError) -> str:
+    if isinstance(error, trio.TooSlowError):
+        return f"no answer within {CONNECT_SECONDS:g} s"
+    return error.strerror or str(error)
 
 
 async def send_all(sock: trio.socket.SocketType, data: bytes) -> None:
