@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from random import Random
 
 from crdt_store.liveness.beliefs import MAX_JUMP, Beliefs, State, Verify
+from crdt_store.liveness.calls import Call
 from crdt_store.liveness.config import LivenessConfig
 from crdt_store.liveness.loads import Loads
 from crdt_store.liveness.messages import (
@@ -52,23 +53,6 @@ DEAD_EVERY = 6
 """Periods between tries of somebody dead."""
 STALL_SECONDS = 1.0
 """A deadline noticed this late says that we did not run, not that others are silent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Send ``ping`` to ``peer``; say ``answered`` or ``failed`` by ``deadline``.
-
-    Attributes:
-        peer: Whom to call.
-        ping: What to say.
-        deadline: When silence is an answer.
-        about: Whose life it decides; empty when nobody's.
-    """
-
-    peer: PeerId
-    ping: Ping
-    deadline: float
-    about: PeerId = NOBODY
 
 
 @dataclass(slots=True)

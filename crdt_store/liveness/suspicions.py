@@ -77,6 +77,8 @@ class Suspicions:
         news = accuser not in held.accusers and len(held.accusers) <= CONFIRMATIONS
         if news:
             held.accusers.add(accuser)
+        elif not proven:
+            return False  # said before: most of what is heard while a ghost is mourned
         voices = CONFIRMATIONS + 1 if proven else len(held.accusers)
         wait = self._config.suspicion_seconds(num_members, voices)
         held.deadline = min(held.deadline, held.since + wait)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ from typing import TypeVar
 import trio
 
 from fabric.app import control_messages as m
-from fabric.app.client import RECEIVE_BYTES, not_running, spec_of
+from fabric.app.client import RECEIVE_BYTES, board_edit, not_running, spec_of
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
 from fabric.app.root_key import found_mesh
@@ -113,6 +113,22 @@ class AsyncJob:
             if row.job.startswith(self.id) and row.state == "done":
                 return row
         raise FabricError(f"job {self.id[:8]} did not succeed", code="E_JOB_FAILED")
+
+    async def board(self) -> m.BoardView:
+        """Return the job's notes, tags and settings, and who wrote them."""
+        return await self._client.one(m.Board(self.id), m.BoardView)
+
+    async def write_board(
+        self,
+        *,
+        notes: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        untags: Sequence[str] = (),
+        set: Mapping[str, float | str | None] | None = None,
+    ) -> m.BoardView:
+        """Write on the job's board and return it; None sets back to the spec."""
+        edit = board_edit(self.id, notes, tags, untags, set)
+        return await self._client.one(edit, m.BoardView)
 
     async def stop(self) -> None:
         """Cancel the job."""

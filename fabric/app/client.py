@@ -13,7 +13,7 @@ next step. ``aclient`` has the same names, awaitable.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -58,6 +58,18 @@ def spec_of(
     for key, value in (overrides or {}).items():
         set_at(tree, key.split("."), value)
     return spec_of_tree(tree, "the job spec") if overrides else spec
+
+
+def board_edit(
+    job: str,
+    notes: Sequence[str],
+    tags: Sequence[str],
+    untags: Sequence[str],
+    set: Mapping[str, float | str | None] | None,
+) -> m.BoardEdit:
+    """Return the request that writes these on a job's board."""
+    sets = {k: "null" if v is None else str(v) for k, v in (set or {}).items()}
+    return m.BoardEdit(job, tuple(notes), tuple(tags), tuple(untags), sets)
 
 
 class Client:
@@ -272,6 +284,22 @@ class Job:
                 f"job {self.id[:8]} {row.state}: {row.reason}", code="E_JOB_FAILED"
             )
         return row
+
+    def board(self) -> m.BoardView:
+        """Return the job's notes, tags and settings, and who wrote them."""
+        return self._client.one(m.Board(self.id), m.BoardView)
+
+    def write_board(
+        self,
+        *,
+        notes: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        untags: Sequence[str] = (),
+        set: Mapping[str, float | str | None] | None = None,
+    ) -> m.BoardView:
+        """Write on the job's board and return it; None sets back to the spec."""
+        edit = board_edit(self.id, notes, tags, untags, set)
+        return self._client.one(edit, m.BoardView)
 
     def stop(self) -> None:
         """Cancel the job."""

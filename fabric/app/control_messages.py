@@ -106,6 +106,22 @@ class StopJob(msgspec.Struct, frozen=True, tag="stop_job"):
     job: Text
 
 
+class Board(msgspec.Struct, frozen=True, tag="board"):
+    """Show a job's notes, tags and settings."""
+
+    job: Text
+
+
+class BoardEdit(msgspec.Struct, frozen=True, tag="board_edit"):
+    """Write on a job's board, then show it; ``sets`` maps path to number or "null"."""
+
+    job: Text
+    notes: tuple[Text, ...] = ()
+    tags: tuple[Text, ...] = ()
+    untags: tuple[Text, ...] = ()
+    sets: dict[Text, Text] = {}
+
+
 class Why(msgspec.Struct, frozen=True, tag="why"):
     """Explain a peer's or a job's state."""
 
@@ -182,6 +198,8 @@ Request = (
     | Jobs
     | JobEvents
     | StopJob
+    | Board
+    | BoardEdit
     | Why
     | Serve
     | ContentAdd
@@ -285,6 +303,42 @@ class EventView(msgspec.Struct, frozen=True):
     kind: str
     peer: str
     facts: dict[str, str | int | float | bool]
+
+
+class BoardLine(msgspec.Struct, frozen=True):
+    """A note or tag, and who wrote it when."""
+
+    peer: str
+    name: str
+    time: float
+    text: str
+
+
+class OverrideView(msgspec.Struct, frozen=True):
+    """A setting somebody changed.
+
+    Attributes:
+        value: None: as submitted.
+        stands: It is what the coordinator puts into the next round.
+        refused: Why it does not count, or empty.
+    """
+
+    peer: str
+    name: str
+    time: float
+    path: str
+    value: float | None
+    stands: bool
+    refused: str = ""
+
+
+class BoardView(msgspec.Struct, frozen=True):
+    """What ``fabric board`` shows, oldest first."""
+
+    job: str
+    notes: tuple[BoardLine, ...]
+    tags: tuple[BoardLine, ...]
+    overrides: tuple[OverrideView, ...]
 
 
 class Line(msgspec.Struct, frozen=True):

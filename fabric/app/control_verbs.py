@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from fabric.app import control_messages as m
+from fabric.app.boards import board_view, edit_board
 from fabric.app.checkpoint_flow import content_root
 from fabric.app.control_net import findings, ping
 from fabric.app.explain import explain_peer, peer_rows
@@ -76,6 +77,11 @@ class ControlVerbs:
         match request:
             case m.Status():
                 return self._status()
+            case m.Board() | m.BoardEdit():
+                job = self._job(request.job)
+                if isinstance(request, m.BoardEdit):
+                    await edit_board(self._session, job, request)
+                return board_view(self._session, job)
             case m.Why():
                 return m.Lines(await self._why(request.subject))
             case m.RootSigned():

@@ -10,9 +10,13 @@ import trio
 
 from crdt_store.job_views import JobStatus as StatusSlot
 from crdt_store.service import Store
+from crdt_store.views import Watch
+from fabric.app.boards import board_of
 from fabric.core.codec import Codec
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import JobId, PeerId
+from fabric.jobs.messages import Setting
+from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import STATUS, JobStatus
 
 
@@ -33,6 +37,7 @@ class ReplicatedJobStore:
         self._store = store
         self._jobs = store.jobs.watch()
         self._assignments = store.assignments.watch()
+        self._documents = store.documents.watch()
 
     def specs(self) -> Mapping[JobId, bytes]:
         """Return every known spec, encoded."""
@@ -58,6 +63,10 @@ class ReplicatedJobStore:
             return _HINT.decode_untrusted(assignment.generation).coordinator
         except RemoteProtocolError:
             return None
+
+    def settings(self, job: JobId, spec: JobSpec) -> tuple[Setting, ...]:
+        """Return what authorised people set on the job's board."""
+        return board_of(self._store, job, spec).settings
 
     async def put_spec(self, job: JobId, spec: bytes) -> None:
         """Publish a spec."""
@@ -90,13 +99,12 @@ class ReplicatedJobStore:
         await self._store.save_promise(job, counter, blob)
 
     async def changed(self) -> None:
-        """Return once a job or an assignment changed since the last return."""
+        """Return once a job, an assignment or a board changed since the last return."""
         async with trio.open_nursery() as nursery:
 
-            async def jobs() -> None:
-                await self._jobs.changed()
+            async def follow(watch: Watch) -> None:
+                await watch.changed()
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(jobs)
-            await self._assignments.changed()
-            nursery.cancel_scope.cancel()
+            for watch in (self._jobs, self._assignments, self._documents):
+                nursery.start_soon(follow, watch)

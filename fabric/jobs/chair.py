@@ -6,6 +6,8 @@ and events, and says when the job is over.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec.structs import replace
 
 from fabric.core.ids import PeerId
@@ -22,12 +24,14 @@ from fabric.jobs.messages import (
     RoundReport,
     Save,
     Saved,
+    Setting,
     StateHeld,
 )
 from fabric.jobs.outbox import Outbox
 from fabric.jobs.quorum import electors, has_majority
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import Pause, Trigger
+from fabric.jobs.steering import value_at
 from fabric.jobs.succession import no_quorum
 
 Upward = RoundReport | StateHeld | PeerFacts | Saved | Join | Leave
@@ -45,6 +49,7 @@ class Chair:
         outbox: Where orders go.
         effects: Where events go.
         liveness: Who answers; watches this generation's electors.
+        settings: What people want to be in force from the next decision on.
         now: Monotonic seconds.
     """
 
@@ -58,11 +63,14 @@ class Chair:
         outbox: Outbox,
         effects: list[Effect],
         liveness: Liveness,
+        settings: Callable[[], tuple[Setting, ...]],
         now: float,
     ) -> None:
         self._me, self._generation, self._spec = me, generation, spec
         self._ledger, self._outbox, self._effects = ledger, outbox, effects
         self._liveness = liveness
+        self._settings = settings
+        self._in_force = generation.settings
         self.role = Coordinator(generation, spec, now)
         self._beat_due = now
         self._asked_saver: PeerId | None = None
@@ -145,12 +153,32 @@ class Chair:
         closed = self.role.decide(live, now)
         working = live - self.role.broken
         if closed is not None:
-            decision = replace(closed.decision, tokens_before=self._ledger.tokens)
+            self._take_settings(closed.decision.round)
+            decision = replace(
+                closed.decision,
+                tokens_before=self._ledger.tokens,
+                settings=self._in_force,
+            )
             self._record("round", self._me, self._ledger.closed(closed))
             for peer in self._generation.participants:
                 self._outbox.put(peer, "decision", decision, now)
         elif finishers := self.role.finishers(working, now):
             self._complete(finishers, len(working), now)
+
+    def _take_settings(self, at: int) -> None:
+        """Put what people set into force, once per decision, and note who did."""
+        wanted = self._settings()
+        for setting in wanted:
+            if setting not in self._in_force:
+                facts: dict[str, Fact] = {"path": setting.path, "value": setting.value}
+                self._record("steered", setting.author, {**facts, "round": at})
+        paths = {setting.path for setting in wanted}
+        for setting in self._in_force:
+            if setting.path not in paths:
+                back: Fact = value_at(self._spec, setting.path)
+                facts = {"path": setting.path, "value": back, "round": at}
+                self._record("steered", setting.author, facts)
+        self._in_force = wanted
 
     def _complete(
         self, finishers: frozenset[PeerId], num_live: int, now: float

@@ -36,6 +36,9 @@ MAX_PENDING = 64
 MAX_FACTS = 512
 """Facts of one peer about one job: a few numbers, and one per link."""
 
+MAX_SETTINGS = 16
+"""Settings in force that a decision carries."""
+
 Peer = Annotated[PeerId, msgspec.Meta(max_length=64)]
 Job = Annotated[JobId, msgspec.Meta(max_length=64)]
 Hex = Annotated[str, msgspec.Meta(max_length=64)]
@@ -47,6 +50,17 @@ FactDict = Annotated[
     dict[FactKey, Reason | int | float | bool], msgspec.Meta(max_length=MAX_FACTS)
 ]
 Proof = Annotated[tuple[Signed, ...], msgspec.Meta(max_length=2 * MAX_PARTICIPANTS)]
+
+
+class Setting(msgspec.Struct, frozen=True, array_like=True):
+    """A number of the spec that ``author`` changed while the job runs."""
+
+    path: Annotated[str, msgspec.Meta(max_length=100)]
+    value: float
+    author: Peer
+
+
+Settings = Annotated[tuple[Setting, ...], msgspec.Meta(max_length=MAX_SETTINGS)]
 
 
 class Generation(msgspec.Struct, frozen=True, tag="generation"):
@@ -65,6 +79,7 @@ class Generation(msgspec.Struct, frozen=True, tag="generation"):
         previous: Hash of the generation whose majority acked this one.
         witness: A trusted member that acks in place of a lost one of two, or empty.
         branch: "main", or the id of a fork.
+        settings: In force at ``base_round``, for those who were not there before.
     """
 
     job: Job
@@ -77,6 +92,7 @@ class Generation(msgspec.Struct, frozen=True, tag="generation"):
     previous: Hex
     witness: Annotated[str, msgspec.Meta(max_length=64)] = ""
     branch: Annotated[str, msgspec.Meta(max_length=64)] = "main"
+    settings: Settings = ()
 
 
 class PendingGeneration(msgspec.Struct, frozen=True, array_like=True):
@@ -180,6 +196,7 @@ class RoundDecision(msgspec.Struct, frozen=True, tag="round_decision"):
     """The contributors of a round, chosen once; every participant averages just these.
 
     ``last`` ends the run after this round; ``tokens_before`` counts the rounds before.
+    ``settings`` hold for this round's outer step and for the rounds after it.
     """
 
     job: Job
@@ -189,6 +206,7 @@ class RoundDecision(msgspec.Struct, frozen=True, tag="round_decision"):
     tokens: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_PARTICIPANTS)]
     last: bool = False
     tokens_before: Count = 0
+    settings: Settings = ()
 
 
 class StateHeld(msgspec.Struct, frozen=True, tag="state_held"):

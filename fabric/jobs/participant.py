@@ -21,6 +21,7 @@ from fabric.jobs.messages import (
     PeerFacts,
     RoundDecision,
     Save,
+    Setting,
     Standing,
     StateHeld,
 )
@@ -70,6 +71,7 @@ class Participant:
         self._facts: dict[str, Fact] = {}
         self._facts_due = now
         self._saving = False
+        self.settings: tuple[Setting, ...] = ()
 
     @property
     def coordinates(self) -> bool:
@@ -91,6 +93,8 @@ class Participant:
         """Take part in a generation from its base state on."""
         self._busy = None
         self.resumed = self._saving = False
+        if self.decided != generation.base_round - 1:  # else we know what is in force
+            self.settings = generation.settings
         self.decided = generation.base_round - 1
         if generation.base_round < self.held.round:
             self.held = Held()  # rolled back: our runner fetches the older state
@@ -198,6 +202,7 @@ class Participant:
         if not self.takes_part or decision.round <= self.decided:
             return Done()
         self.decided = decision.round
+        self.settings = decision.settings
         self._busy = (decision.round + 1, now + self._patience)
         self._ledger.decided(decision)
         self._effects.append(Decide(decision))

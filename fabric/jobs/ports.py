@@ -9,6 +9,8 @@ from typing import Protocol
 import msgspec
 
 from fabric.core.ids import JobId, PeerId
+from fabric.jobs.messages import Setting
+from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import JobStatus
 
 
@@ -21,6 +23,10 @@ class JobStore(Protocol):
 
     def status(self, job: JobId) -> JobStatus | None:
         """Return the status that all authorised writers amount to."""
+        ...
+
+    def settings(self, job: JobId, spec: JobSpec) -> tuple[Setting, ...]:
+        """Return what authorised people set on the job's board."""
         ...
 
     def coordinator(self, job: JobId) -> PeerId | None:

@@ -33,6 +33,7 @@ from fabric.jobs.messages import (
     JobMessage,
     Nack,
     Propose,
+    Settings,
     Standing,
     generation_hash,
 )
@@ -65,6 +66,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
         members: Candidates for the witness of two.
         avoid_coordinator: Do not name the proposer (its worker failed, it leaves).
         depose: Go on although the present coordinator may live (it is us).
+        settings: In force, as far as the proposer knows.
     """
 
     participants: tuple[PeerId, ...]
@@ -72,6 +74,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     members: frozenset[PeerId] = frozenset()
     avoid_coordinator: bool = False
     depose: bool = False
+    settings: Settings = ()
 
 
 def choose_base(holdings: Mapping[PeerId, Held]) -> tuple[int, str, tuple[PeerId, ...]]:
@@ -270,6 +273,7 @@ class Campaign:
             sources=sources,
             previous=generation_hash(self.base),
             witness=self._witness(participants),
+            settings=self.wish.settings,
         )
         self.phase = Phase.PROPOSING
         self._deadline = now + self._window

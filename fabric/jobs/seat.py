@@ -45,6 +45,7 @@ from fabric.jobs.messages import (
     RoundReport,
     Save,
     Saved,
+    Setting,
     Standing,
     StateHeld,
 )
@@ -153,6 +154,10 @@ class Seat:
     def set_joining(self, joins: bool, hint: PeerId | None, now: float) -> None:
         """Say whether we want to take part, and whom to ask if we know better."""
         self._tenure.membership.wish(joins, hint, now)
+
+    def set_settings(self, settings: tuple[Setting, ...]) -> None:
+        """Say what people set on the board: an input of the next decision we take."""
+        self._tenure.settings = settings
 
     def leave(self, now: float, *, failed: bool = False, reason: str = "") -> None:
         """Ask to be left out; at once when our worker ``failed``."""

@@ -38,7 +38,15 @@ from fabric.jobs.event_log import (
     last_event,
 )
 from fabric.jobs.job_service import METHOD, JobTask
-from fabric.jobs.messages import CODEC, Commit, JobMessage, Nack, Propose, Standing
+from fabric.jobs.messages import (
+    CODEC,
+    Commit,
+    JobMessage,
+    Nack,
+    Propose,
+    Setting,
+    Standing,
+)
 from fabric.jobs.ports import JobStore, MemberFacts, Members, OnCheckpoint
 from fabric.jobs.promises import RECORD
 from fabric.jobs.runner import RunnerFactory
@@ -216,6 +224,7 @@ class JobsService:
             if task.ended:
                 continue
             status, hint = self._store.status(job), self._store.coordinator(job)
+            settings = self._store.settings(job, task.seat.spec)
             joins = job not in self._left and self._eligible(task.seat.spec, members)
 
             def act(
@@ -224,8 +233,10 @@ class JobsService:
                 status: JobStatus | None = status,
                 hint: PeerId | None = hint,
                 joins: bool = joins,
+                settings: tuple[Setting, ...] = settings,
             ) -> None:
                 seat.set_members(members)
+                seat.set_settings(settings)
                 seat.set_joining(joins, hint, now)
                 if status is not None:
                     seat.learn_status(status)

@@ -37,6 +37,7 @@ from fabric.jobs.messages import (
     Leave,
     Nack,
     Save,
+    Setting,
     Standing,
 )
 from fabric.jobs.outbox import Outbox
@@ -85,6 +86,7 @@ class Tenure:
         self.succession = Succession(self.me, patience, rng, now)
         self.membership = Membership(patience, now)
         self.members: frozenset[PeerId] = frozenset()
+        self.settings: tuple[Setting, ...] = ()
         self.chair: Chair | None = None
         # after a restart nothing is held and no round's reports are known
         resumed = record is not None and self.committed.counter > 0
@@ -215,6 +217,7 @@ class Tenure:
             outbox=self.outbox,
             effects=self.effects,
             liveness=self.liveness,
+            settings=lambda: self.settings,
             now=now,
         )
 
@@ -264,6 +267,7 @@ class Tenure:
             members=self.members,
             avoid_coordinator=self.me not in wanted,
             depose=self.committed.coordinator == self.me,
+            settings=self.part.settings,
         )
         promised = self.acceptor.promised
         self.succession.start(self.committed, wish, promised, now)

@@ -343,7 +343,10 @@ class Net:
         sums.kept = sums.round if peer in sums.holds else -1
         sums.round += 1
         wrong, sums.corrupt = "bit flip" * sums.corrupt, False
-        sums.states[sums.round] = hex_digest((state + parts + wrong).encode())
+        # the outer step takes the settings in force: unequal ones diverge
+        steered = "".join(f"{s.path}={s.value}" for s in decision.settings)
+        whole = state + parts + wrong + steered
+        sums.states[sums.round] = hex_digest(whole.encode())
         sums.states.pop(sums.round - 3, None)
         sums.work_until = self.now + sums.speed
         sums.holds, sums.reported, sums.decision = set(), None, None

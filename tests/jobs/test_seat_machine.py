@@ -17,6 +17,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from fabric.jobs.messages import Setting
+
 PEERS = 5
 PROGRESS = 900.0
 """Virtual seconds: six rounds with a stall each, and the wait at the end."""
@@ -101,6 +103,14 @@ def machine(make_net):
         def cut_off(self, index):
             for other in range(PEERS):
                 self.net.cut(index, other)
+
+        @rule(index=st.integers(0, PEERS - 1), value=st.sampled_from([None, 0.1, 0.5]))
+        def steer(self, index, value):
+            """The board reaches one peer before the others, or not at all."""
+            peer = self.net.ids[index]
+            if (seat := self.net.seats.get(peer)) is not None:
+                wanted = Setting("train.outer.learning_rate", value or 0.0, peer)
+                seat.set_settings(() if value is None else (wanted,))
 
         @rule()
         def mend(self):

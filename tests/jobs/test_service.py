@@ -35,6 +35,7 @@ class World:
         self.groups = None
         self.specs = {}
         self.statuses = {}
+        self.settings = ()
         self.assignments = {}
         self.changed = trio.Event()
         self.runners = {}
@@ -109,6 +110,9 @@ class FakeStore:
     def status(self, job):
         slots = [raw for (j, _), raw in self.world.statuses.items() if j == job]
         return fold([STATUS.decode_untrusted(raw) for raw in slots])
+
+    def settings(self, job, spec):
+        return self.world.settings
 
     def coordinator(self, job):
         return self.world.assignments.get(job, (0, None))[1]

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from fabric.core.errors import ConfigError
+from fabric.core.ids import PeerId
+from fabric.jobs.messages import Setting
 from fabric.jobs.spec import JobSpec, ModelSpec, OuterSpec, TrainSpec
 from training.data import Corpus, cut, order_key, split, windows
 from training.worker import trainer as trainer_module
@@ -129,3 +131,38 @@ def test_training_lowers_the_loss_on_held_out_text(spec, corpus):
 def test_a_model_that_cannot_be_built_is_refused_with_the_reason(model):
     with pytest.raises(ConfigError):
         NativeEngine(model, TrainSpec(outer=OuterSpec()))
+
+
+def test_a_decision_steers_its_own_outer_step_and_the_rounds_after(spec, corpus):
+    """As a run whose spec said so from there on; without a decision, as submitted."""
+    given = spec(rounds=9)
+    steered = (
+        Setting("train.outer.learning_rate", 0.25, PeerId("ann")),
+        Setting("train.learning_rate", 1e-9, PeerId("ann")),
+        Setting("train.seed", 7.0, PeerId("ann")),  # not steerable: left out
+    )
+    trainer, plain = Trainer(given, "me"), Trainer(given, "me")
+
+    def round_of(one, settings):
+        before = one.state.theta.clone()
+        while not one.inner_step():
+            pass
+        piece, _ = one.contribution()
+        name = one.outer_step(
+            StepReady(("me",), (piece.payload,), (piece.tokens,), settings)
+        )
+        return name, (one.state.theta - before).norm()
+
+    for one in (trainer, plain):
+        one.hold_initial()
+    first, moved = round_of(trainer, steered)
+    other, plainly = round_of(plain, ())
+    assert first != other
+    assert moved == pytest.approx(
+        float(plainly) * 0.25 / given.train.outer.learning_rate, rel=1e-3
+    )
+    start = trainer.engine.flat.clone()
+    trainer.inner_step()
+    assert (trainer.engine.flat - start).abs().max() < 1e-6  # the inner rate is tiny
+    trainer.steer(())
+    assert trainer._spec == given

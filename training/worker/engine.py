@@ -101,6 +101,11 @@ class NativeEngine:
         config["architectures"] = ["LlamaForCausalLM"]
         return config
 
+    def steer(self, train: TrainSpec) -> None:
+        """Take learning rate, weight decay and clipping of ``train`` from now on."""
+        self._train = train
+        self._optimiser.param_groups[0]["weight_decay"] = train.weight_decay
+
     def load(self, flat: torch.Tensor) -> None:
         """Set all parameters; the optimiser's moments stay, as DiLoCo has it."""
         self.flat.copy_(flat)

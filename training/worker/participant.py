@@ -196,6 +196,7 @@ class Participant:
 
     def _get_state(self, generation: Generation) -> None:
         digest = generation.state_digest
+        self._trainer.steer(generation.settings)  # those who hold the state know them
         if generation.base_round == 0 and not digest:
             self._hold(0, self._trainer.hold_initial())
         elif self._trainer.hold_kept(digest):

@@ -17,7 +17,13 @@ import msgspec
 
 from fabric.core.errors import LocalProtocolError
 from fabric.core.ids import JobId, PeerId
-from fabric.jobs.messages import Generation, RoundDecision, RoundReport, StateHeld
+from fabric.jobs.messages import (
+    Generation,
+    RoundDecision,
+    RoundReport,
+    Setting,
+    StateHeld,
+)
 
 LOOKAHEAD_ROUNDS = 2
 """Rounds of contributions kept beyond our own while we catch up."""
@@ -42,6 +48,7 @@ class StepReady:
     contributors: tuple[PeerId, ...]
     payloads: tuple[Payload, ...]
     tokens: tuple[int, ...]
+    settings: tuple[Setting, ...] = ()
 
 
 @dataclass
@@ -194,6 +201,7 @@ class Rounds:
             tuple(peer for peer, _ in order),
             tuple(piece.payload for piece in found),
             tuple(tokens for _, tokens in order),
+            decision.settings,
         )
 
     def connection_lost(self, peer: PeerId) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fabric.core.digest import BLOCK_BYTES, hex_digest
+from fabric.jobs.messages import Setting
 from fabric.jobs.spec import JobSpec
+from fabric.jobs.steering import steer
 from training.data import Corpus, order_key, unigram_entropy, windows
 from training.worker.corpus import load_corpus
 from training.worker.engine import NativeEngine
@@ -63,7 +65,7 @@ class Trainer:
     """
 
     def __init__(self, spec: JobSpec, peer: str) -> None:
-        self._spec = spec
+        self._given = self._spec = spec
         self._outer = spec.train.outer
         self._peer = peer
         self.engine = NativeEngine(spec.model, spec.train)
@@ -160,11 +162,19 @@ class Trainer:
         the residual of the round before stays: it belongs to what others did apply.
         """
         assert self.state is not None
+        self.steer(ready.settings)
         if self._peer in ready.contributors and self._encoded is not None:
             self._residual = self._encoded.residual
         numel = self.engine.flat.numel()
         mean = weighted_mean(ready.payloads, ready.tokens, numel, self._outer)
         return self._hold(outer_step(self.state, mean, self._outer))
+
+    def steer(self, settings: tuple[Setting, ...]) -> None:
+        """Train with ``settings`` in place of the spec's from now on."""
+        spec = steer(self._given, settings)
+        if spec != self._spec:
+            self._spec, self._outer = spec, spec.train.outer
+            self.engine.steer(spec.train)
 
     def evaluate(self) -> float:
         """Return the held state's loss on the held-out windows, nats per byte."""

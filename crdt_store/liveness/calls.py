@@ -1,0 +1,25 @@
+"""What the core asks its shell to send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crdt_store.liveness.messages import NOBODY, Ping
+from fabric.core.ids import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Send ``ping`` to ``peer``; say ``answered`` or ``failed`` by ``deadline``.
+
+    Attributes:
+        peer: Whom to call.
+        ping: What to say.
+        deadline: When silence is an answer.
+        about: Whose life it decides; empty when nobody's.
+    """
+
+    peer: PeerId
+    ping: Ping
+    deadline: float
+    about: PeerId = NOBODY
