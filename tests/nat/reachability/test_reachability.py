@@ -11,6 +11,7 @@ from nat.reachability.core import (
     Reachability,
     announced_addrs,
     candidates,
+    farther,
     filtering_of,
     judge,
     scope_of,
@@ -74,6 +75,28 @@ def test_one_liar_among_three_servers_does_not_move_the_verdict(place):
         assert verdict(*answers).status == status
 
 
+@pytest.mark.parametrize(
+    ("confirmed", "own_ips", "ip6_only"),
+    [
+        (["/ip6/2001:db8::1/tcp/1"], {"192.168.1.7", "2001:db8::1"}, True),
+        (["/ip6/2001:db8::1/tcp/1", OWN], {"192.168.1.7", "2001:db8::1"}, False),
+        (["/ip6/2001:db8::1/tcp/1"], {"127.0.0.1", "::1", "2001:db8::1"}, False),
+    ],
+)
+def test_ipv6_alone_leaves_those_out_who_have_none(confirmed, own_ips, ip6_only):
+    asked = [Candidate(address, "interface") for address in confirmed]
+    verdicts = {
+        peer: tuple(AddressVerdict(each.address, True, "") for each in asked)
+        for peer in servers(2)
+    }
+    got = judge(asked, verdicts, servers(2), NATTED, CONFIG, own_ips)
+    assert got.status == "public"
+    assert (got.open_to_all, got.open_to_the_internet) == (not ip6_only, not ip6_only)
+    told = announced_addrs(got, [], [CIRCUIT], [], CONFIG)
+    assert (CIRCUIT in told) == ip6_only
+    assert set(confirmed) <= set(told)
+
+
 def test_servers_that_disagree_or_say_nothing_give_no_verdict():
     assert verdict(None, None).status == "unknown"
     assert verdict(True, False).status == "unknown"
@@ -133,6 +156,35 @@ def test_others_are_those_that_reach_farthest():
     assert scope_of(["127.0.0.1", "192.168.1.1"]) is AddressClass.PRIVATE
     assert scope_of(["127.0.0.1"]) is AddressClass.LOOPBACK
     assert scope_of([]) is AddressClass.PUBLIC
+
+
+@pytest.mark.parametrize(
+    ("ip", "scope", "is_farther"),
+    [
+        ("8.8.8.8", AddressClass.PRIVATE, True),
+        ("192.168.1.9", AddressClass.LOOPBACK, True),
+        ("100.64.0.1", AddressClass.PRIVATE, True),
+        ("192.168.1.9", AddressClass.PRIVATE, False),
+        ("127.0.0.1", AddressClass.PRIVATE, False),
+        ("8.8.8.8", AddressClass.PUBLIC, False),
+        ("224.0.0.1", AddressClass.LOOPBACK, False),
+    ],
+)
+def test_who_is_farther_away_than_those_who_were_asked(ip, scope, is_farther):
+    assert farther(ip, scope) is is_farther
+
+
+@pytest.mark.parametrize(
+    ("ip", "world"), [("127.0.0.1", False), ("192.168.1.1", False), ("8.8.8.8", True)]
+)
+def test_only_the_internet_opens_us_to_the_internet(ip, world):
+    """Who volunteers as a relay because its own host reaches it helps nobody."""
+    address = f"/ip4/{ip}/tcp/4001"
+    asked = [Candidate(address, "interface")]
+    ips = dict.fromkeys(("s0", "s1"), ip)
+    got = judge(asked, said(True, True, address=address), ips, Mapping(), CONFIG)
+    assert got.status == "public"
+    assert got.open_to_the_internet is world
 
 
 def test_candidates_are_of_the_scope_and_the_best_source_wins():
