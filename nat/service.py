@@ -231,7 +231,7 @@ class Traversal:
             async for verdict in changes:
                 # reached by all who may ask; who volunteers is reached by the world
                 self.relay.set_public(verdict.open_to_the_internet)
-                self.circuits.set_wanted(verdict.status != "public")
+                self.circuits.set_wanted(not verdict.open_to_all)
                 self._announce()
 
     async def _follow_mappings(self) -> None:

@@ -41,7 +41,8 @@ def up(
     Args:
         home: Directory of this peer instead of the XDG directories.
         name: Name shown to others.
-        listen: Control-plane address, e.g. /ip4/0.0.0.0/tcp/4001.
+        listen: Control-plane address, e.g. /ip4/0.0.0.0/tcp/4001; several with commas
+            between, e.g. /ip4/0.0.0.0/tcp/4001,/ip6/::/tcp/4001.
         relay_ok: Relay for others, or never; default: while the internet reaches us.
         budget: What may be sent, e.g. 20Mbit or 20Mbit,peer=5Mbit,connections=200;
             relaying has a budget of its own, not above this one: relay=2Mbit.

@@ -58,20 +58,23 @@ def settle(
 ) -> tuple[HostConfig, DataConfig]:
     """Return the settings with "any" replaced by the last port where that is free.
 
-    An empty ``data.listen`` becomes the address of the control plane.
+    An empty ``data.listen`` becomes the addresses of the control plane.
     """
     listen = tuple(_with_port(addr, last.control) for addr in host.listen)
-    ip = next((found for a in listen if (found := ip_of_multiaddr(a))), "127.0.0.1")
-    text = data.listen or format_address(ip, 0)
+    ips = dict.fromkeys(ip for addr in listen if (ip := ip_of_multiaddr(addr)))
+    texts = data.listen.split(",") if data.listen else []
+    texts = texts or [format_address(ip, 0) for ip in ips or ("127.0.0.1",)]
     try:
-        data_ip, port = parse_address_untrusted(text)
+        ends = [parse_address_untrusted(text.strip()) for text in texts]
     except RemoteProtocolError:  # the data plane reports it, as the operator's
         return msgspec.structs.replace(host, listen=listen), data
-    if port == 0 and _is_free(data_ip, last.data):
-        port = last.data
+    settled = (
+        format_address(ip, port or (last.data if _is_free(ip, last.data) else 0))
+        for ip, port in ends
+    )
     return (
         msgspec.structs.replace(host, listen=listen),
-        msgspec.structs.replace(data, listen=format_address(data_ip, port)),
+        msgspec.structs.replace(data, listen=",".join(settled)),
     )
 
 
@@ -88,6 +91,8 @@ def _is_free(ip: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((ip, port))
         except OSError:

@@ -29,7 +29,7 @@ def settings_of(
     Args:
         assignments: ``key=value``, as ``--set`` gives them.
         name: Shown to others.
-        listen: Where the control plane listens.
+        listen: Where the control plane listens; several with commas between.
         relay_ok: Relay for others always, or never; None: if the world reaches us.
         budget: As :func:`budget_settings` reads it.
 
@@ -40,7 +40,7 @@ def settings_of(
     if name is not None:
         settings["name"] = name
     if listen is not None:
-        settings["host.listen"] = [listen]
+        settings["host.listen"] = listen.split(",")
     if relay_ok is not None:
         settings["nat.relay.volunteer"] = "always" if relay_ok else "never"
     if budget is not None:

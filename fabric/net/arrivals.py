@@ -34,6 +34,7 @@ from fabric.net.offers import (
     format_address,
     parse_listen,
 )
+from fabric.net.port_reuse import NO_SUCH_IP
 from fabric.net.ports import PathKind
 from fabric.net.socket_options import set_liveness
 from fabric.net.waiting_room import WaitingRoom
@@ -86,7 +87,7 @@ class Arrivals:
         self._room = WaitingRoom(config.max_pending_connections)
         self._handed_over = _HandedOver()
         self.observed = 0
-        self.bound: tuple[str, int] = ("", 0)
+        self.bound: tuple[tuple[str, int], ...] = ()
 
     @property
     def pending(self) -> int:
@@ -99,18 +100,24 @@ class Arrivals:
         Raises:
             ConfigError: ``config.listen`` is malformed or cannot be bound.
         """
-        ip, port = parse_listen(self._config.listen)
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=ip)
-        except OSError as exc:
-            raise ConfigError(
-                f"cannot listen on {self._config.listen}: {exc}",
-                code="E_LISTEN",
-                next_step="choose a free port in data.listen",
-            ) from exc
-        for listener in listeners:  # what it accepts inherits these
-            set_liveness(listener.socket, patient=True)
-        self.bound = (ip, listeners[0].socket.getsockname()[1])
+        listeners: list[trio.SocketListener] = []
+        for ip, port in parse_listen(self._config.listen):
+            # one port for all: a router that forwards it forwards it for each
+            wanted = port or (self.bound[0][1] if self.bound else 0)
+            try:
+                found = await _bind(ip, wanted, port)
+            except OSError as exc:
+                if listeners and ip == "::" and exc.errno in NO_SUCH_IP:
+                    continue  # a machine without IPv6
+                for listener in listeners:
+                    listener.socket.close()
+                raise ConfigError(
+                    f"cannot listen on {self._config.listen}: {exc}",
+                    code="E_LISTEN",
+                    next_step="choose a free port in data.listen",
+                ) from exc
+            listeners += found
+            self.bound += ((ip, found[0].socket.getsockname()[1]),)
         ready()
         await trio.serve_listeners(self._accepted, [*listeners, self._handed_over])
 
@@ -230,6 +237,23 @@ class _HandedOver(trio.abc.Listener[trio.SocketStream]):
                 self._receive.receive_nowait().close()
         self._receive.close()
         await trio.lowlevel.checkpoint()
+
+
+async def _bind(ip: str, wanted: int, port: int) -> list[trio.SocketListener]:
+    """Listen at ``wanted``, or at ``port`` where that one is taken.
+
+    Raises:
+        OSError: not there either.
+    """
+    try:
+        found = await trio.open_tcp_listeners(wanted, host=ip)
+    except OSError:
+        if wanted == port:
+            raise
+        found = await trio.open_tcp_listeners(port, host=ip)
+    for listener in found:  # what it accepts inherits these
+        set_liveness(listener.socket, patient=True)
+    return found
 
 
 def _ip_of(stream: trio.SocketStream) -> str:

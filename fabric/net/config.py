@@ -9,7 +9,8 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How this peer listens, dials and keeps connections.
 
     Attributes:
-        listen: Multiaddrs to listen on; port 0 lets the system choose.
+        listen: Multiaddrs to listen on; port 0 lets the system choose. ``/ip6/::`` is
+            left out, beside others, where there is no IPv6.
         announce: Multiaddrs to announce instead of the listening ones (a router that
             forwards a port); empty announces what we listen on.
         dial_seconds: One address may take this long to answer and to authenticate.
@@ -25,7 +26,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         max_dials: Addresses of one peer that are tried at once.
     """
 
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
     announce: tuple[str, ...] = ()
     dial_seconds: float = 10.0
     upgrade_seconds: float = 10.0

@@ -39,9 +39,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Where the data plane listens and how much it takes on."""
 
     listen: str = ""
-    """IP address and port; an unspecified address (0.0.0.0) listens on all.
+    """IP address and port; an unspecified address (0.0.0.0, [::]) listens on all of its
+    kind. Several have commas between.
 
-    Empty takes the address of the control plane and any port."""
+    Empty takes the addresses of the control plane and any port."""
     advertise: tuple[str, ...] = ()
     """Addresses ("ip:port") to offer instead of those found out."""
     share_port: bool = True

@@ -178,19 +178,22 @@ class DataPlane:
     @property
     def port(self) -> int:
         """The TCP port of the listener."""
-        return self._arrivals.bound[1]
+        return self._arrivals.bound[0][1]
 
     def addresses(self) -> tuple[str, ...]:
         """Return the addresses ("ip:port") that an offer of ours names."""
         if self.config.advertise:
             return self.config.advertise[:MAX_ADDRESSES]
-        ip, port = self._arrivals.bound
-        if ip not in ("0.0.0.0", "::"):
-            return (format_address(ip, port), *self._mapped)[:MAX_ADDRESSES]
-        ips = [ip_of_multiaddr(addr) for addr in self._host.addrs()]
-        known = dict.fromkeys(found for found in ips if found) or {"127.0.0.1": None}
-        ours = [format_address(found, port) for found in known]
-        return tuple(dict.fromkeys((*ours, *self._mapped)))[:MAX_ADDRESSES]
+        own = [ip for addr in self._host.addrs() if (ip := ip_of_multiaddr(addr))]
+        ours: list[str] = []
+        for ip, port in self._arrivals.bound:
+            if ip in ("0.0.0.0", "::"):
+                same = (each for each in own if (":" in each) == (":" in ip))
+                ours += (format_address(each, port) for each in same)
+            else:
+                ours.append(format_address(ip, port))
+        found = (*ours, *self._mapped) or (format_address("127.0.0.1", self.port),)
+        return tuple(dict.fromkeys(found))[:MAX_ADDRESSES]
 
     def shared_addresses(self) -> tuple[str, ...]:
         """Return "ip:port" of the control plane, which takes labels too."""

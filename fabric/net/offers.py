@@ -236,19 +236,21 @@ def parse_address_untrusted(text: str) -> tuple[str, int]:
     return str(address), int(port)
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """Return (IP, port) of the operator's ``listen`` setting; port 0 is any.
+def parse_listen(text: str) -> tuple[tuple[str, int], ...]:
+    """Return each (IP, port) of the operator's ``listen`` setting; port 0 is any.
 
     An empty one listens on loopback.
 
     Raises:
-        ConfigError: not "ip:port".
+        ConfigError: not "ip:port", or several with commas between.
     """
     try:
-        return parse_address_untrusted(text or "127.0.0.1:0")
+        parts = (text or "127.0.0.1:0").split(",")
+        return tuple(parse_address_untrusted(part.strip()) for part in parts)
     except RemoteProtocolError as exc:
         raise ConfigError(
-            f"data.listen: {exc.reason}", next_step='use "IP:PORT", as in "0.0.0.0:0"'
+            f"data.listen: {exc.reason}",
+            next_step='use "IP:PORT", as in "0.0.0.0:0" or "0.0.0.0:0,[::]:0"',
         ) from exc
 
 

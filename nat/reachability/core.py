@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from fabric.core.ids import PeerId
-from nat.addresses import AddressClass, classify, endpoint_of
+from nat.addresses import AddressClass, classify, endpoint_of, parse_ip
 from nat.multiaddr_bytes import tcp_multiaddr
 from nat.reachability.autonat import AddressVerdict
 from nat.reachability.config import ReachabilityConfig
@@ -79,6 +79,8 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
         reason: Why, for people.
         reports: Each candidate with what servers found.
         mapping: What the NAT does, if there is one.
+        ip6_only: They reach this peer over IPv6 alone though it has IPv4 too: those
+            without IPv6 need a relay.
     """
 
     status: Status = "unknown"
@@ -90,11 +92,17 @@ class Reachability(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = "nobody was asked yet"
     reports: tuple[AddressReport, ...] = ()
     mapping: NatMapping = NatMapping()
+    ip6_only: bool = False
+
+    @property
+    def open_to_all(self) -> bool:
+        """Whether everybody of ``scope`` reaches us, whatever IP they have."""
+        return self.status == "public" and not self.ip6_only
 
     @property
     def open_to_the_internet(self) -> bool:
         """Whether the world reaches us, and not only the site or this host."""
-        return self.status == "public" and self.scope is AddressClass.PUBLIC
+        return self.open_to_all and self.scope is AddressClass.PUBLIC
 
 
 def farther(ip: str, scope: AddressClass) -> bool:
@@ -174,9 +182,19 @@ def judge(
             agreeing=agreeing,
             confidence=_confidence(agreeing),
             addresses=tuple(each.address for each in own),
+            ip6_only=_ip6_only([each.address for each in own], own_ips),
             reason=f"{_servers(agreeing)} connected to {own[0].address}",
         )
     return _not_public(base, bool(confirmed), own_ips)
+
+
+def _ip6_only(confirmed: Sequence[str], own_ips: Collection[str]) -> bool:
+    """Return whether only IPv6 is confirmed, of a peer that has IPv4 as well."""
+    ends = [end for end in map(endpoint_of, confirmed) if end is not None]
+    nearby = (AddressClass.LOOPBACK, AddressClass.LINK_LOCAL)
+    own = (parse_ip(ip) for ip in own_ips if classify(ip) not in nearby)
+    has_ip4 = any(ip is not None and ip.version == 4 for ip in own)
+    return has_ip4 and all(end[0].version == 6 for end in ends)
 
 
 def _not_public(
@@ -280,8 +298,8 @@ def announced_addrs(
 ) -> tuple[str, ...]:
     """Return the multiaddrs to announce, best first, without our own id.
 
-    What the operator announces always is; then what is confirmed; circuits unless we
-    are public; what is not refuted, while nothing is known; and addresses of the site,
+    What the operator announces always is; then what is confirmed; circuits unless all
+    reach us; what is not refuted, while nothing is known; and addresses of the site,
     for peers of the same one.
     """
     refuted = {each.address for each in verdict.reports if each.failed > each.reached}
@@ -296,7 +314,7 @@ def announced_addrs(
     site = (AddressClass.PRIVATE, AddressClass.CGNAT)
     lan = [addr for addr, kind in kinds if kind in site] if config.announce_lan else []
     parts = [*announced, *verdict.addresses]
-    if verdict.status != "public":
+    if not verdict.open_to_all:
         parts += circuits
     if verdict.status == "unknown":
         parts += untested + open_

@@ -271,6 +271,7 @@ def _essence(verdict: Reachability) -> tuple[object, ...]:
         verdict.scope,
         verdict.addresses,
         verdict.hint,
+        verdict.ip6_only,
         mapping.kind,
         mapping.external,
     )

@@ -43,6 +43,17 @@ def test_what_the_operator_chose_stays():
     assert plane.listen == "nonsense"  # refused with its reason when it is bound
 
 
+def test_the_data_plane_listens_wherever_the_control_plane_does():
+    host = HostConfig(listen=("/ip4/127.0.0.1/tcp/1", "/ip6/::1/tcp/2"))
+    _, plane = settle(host, DataConfig(), LastPorts())
+    assert plane.listen == "127.0.0.1:0,[::1]:0"
+    port = free_port()
+    _, plane = settle(host, DataConfig(), LastPorts(0, port))
+    assert plane.listen == f"127.0.0.1:{port},[::1]:{port}"
+    _, plane = settle(host, DataConfig(listen="127.0.0.1:0, [::1]:7"), LastPorts())
+    assert plane.listen == "127.0.0.1:0,[::1]:7"
+
+
 def test_a_damaged_file_knows_no_ports(tmp_path):
     path = tmp_path / "ports.json"
     for content in (b"", b"{", b'{"control": 70000}', b"\xff" * 2000):

@@ -1,10 +1,12 @@
 """What arrives at the data plane without an offer: observation, punched sockets."""
 
+import errno
 import socket
 
 import pytest
 import trio
 
+from fabric.core.errors import ConfigError
 from fabric.core.framing import FrameReader
 from fabric.core.telemetry import BUGS, DROPPED, Counters
 from fabric.net.arrivals import HANDED_OVER, Arrivals
@@ -50,7 +52,7 @@ async def arrivals():
 
 
 async def test_an_observer_says_where_a_connection_comes_from(arrivals):
-    stream = await trio.open_tcp_stream(*arrivals.bound)
+    stream = await trio.open_tcp_stream(*arrivals.bound[0])
     await stream.send_all(OBSERVE_LABEL)
     reader = FrameReader(max_bytes=100)
     frames = []
@@ -75,7 +77,7 @@ async def test_a_socket_that_others_brought_is_served_by_its_label(arrivals, kin
 
 
 async def test_the_nonce_of_a_punch_is_claimed(arrivals):
-    stream = await trio.open_tcp_stream(*arrivals.bound)
+    stream = await trio.open_tcp_stream(*arrivals.bound[0])
     await stream.send_all(b"n" * 16)
     assert await stream.receive_some() == b""
     assert arrivals._desk.taken == [(b"n" * 16, "claimed")]
@@ -102,7 +104,7 @@ async def test_a_spare_that_stays_silent_ends_at_its_own_deadline(arrivals):
 
 
 async def test_a_bug_of_ours_ends_one_connection_and_not_the_daemon(arrivals):
-    stream = await trio.open_tcp_stream(*arrivals.bound)
+    stream = await trio.open_tcp_stream(*arrivals.bound[0])
     await stream.send_all(b"b" * 16)
     assert await stream.receive_some() == b""
     await stream.aclose()
@@ -124,3 +126,36 @@ async def test_more_than_fits_is_dropped_where_another_listener_hands_over(arriv
     assert arrivals.counted()[f"{DROPPED}:pending_connections"] == 1
     for ours, _ in pairs:
         ours.close()
+
+
+async def listen_on(listen):
+    """Return what is bound for ``listen``."""
+    made = Arrivals(DataConfig(listen=listen), Desk(), Counters())
+    ready = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.listen, ready.set)
+        with trio.fail_after(5):
+            await ready.wait()
+        nursery.cancel_scope.cancel()
+    return made.bound
+
+
+async def test_several_addresses_share_a_port():
+    (one, port), (two, same) = await listen_on("127.0.0.1:0,127.0.0.2:0")
+    assert (one, two) == ("127.0.0.1", "127.0.0.2")
+    assert port == same
+
+
+async def test_a_machine_without_ipv6_listens_on_the_rest(monkeypatch):
+    open_real = trio.open_tcp_listeners
+
+    async def without_ipv6(port, *, host):
+        if ":" in host:
+            raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+        return await open_real(port, host=host)
+
+    monkeypatch.setattr(trio, "open_tcp_listeners", without_ipv6)
+    assert [ip for ip, _ in await listen_on("127.0.0.1:0,[::]:0")] == ["127.0.0.1"]
+    for asked_for in ("[::]:0", "127.0.0.1:0,[::1]:0"):
+        with pytest.RaisesGroup(ConfigError):
+            await listen_on(asked_for)

@@ -1,3 +1,4 @@
+import errno
 import socket
 from contextlib import asynccontextmanager, suppress
 
@@ -7,9 +8,11 @@ import trio
 from fabric.core.errors import ConfigError, NoRoute, PeerTimeout
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import BUGS, Counters
+from fabric.net import libp2p_transport
 from fabric.net.config import HostConfig
 from fabric.net.host import PeerConnected, PeerReconnected
 from fabric.net.libp2p_host import open_host
+from fabric.net.port_reuse import listen_shared
 from tests.net.check_host import ListGate, bindings, echo
 
 ECHO = "/fabric/echo/1"
@@ -175,3 +178,24 @@ async def test_cancelling_a_host_ends_it_soon():
                     await trio.sleep_forever()
             while one.connected():  # noqa: ASYNC110  # no event for the last check
                 await trio.sleep(0.01)
+
+
+async def test_addresses_with_any_port_get_the_same_and_ipv6_may_be_missing(
+    monkeypatch,
+):
+    listen = ("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.2/tcp/0")
+    async with host(listen=listen) as both:
+        one, two = (addr.split("/")[4] for addr in both.listen_addrs())
+        assert one == two
+
+    def without_ipv6(ip, port):
+        if ":" in ip:
+            raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+        return listen_shared(ip, port)
+
+    monkeypatch.setattr(libp2p_transport, "listen_shared", without_ipv6)
+    async with host(listen=("/ip4/127.0.0.1/tcp/0", "/ip6/::/tcp/0")) as one:
+        assert len(one.listen_addrs()) == 1
+    with pytest.raises(ConfigError):
+        async with host(listen=("/ip6/::/tcp/0",)):
+            pass

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from fabric.core.errors import ConfigError
 from sims.lab.nat_rules import rules_of
 from sims.lab.plan import Script, build_site, build_switch, public_address
-from sims.lab.topology import MAX_SITES, NatKind, Shape, Site, Topology
+from sims.lab.topology import (
+    MAX_SITES,
+    IpVersions,
+    NatKind,
+    Shape,
+    Site,
+    Topology,
+)
 
 SITES = st.lists(
     st.builds(
@@ -94,3 +101,32 @@ def test_names_are_looked_up():
     for look in (topology.site, topology.site_of):
         with pytest.raises(ConfigError):
             look("nobody")
+
+
+@given(sites=SITES, net6=st.sampled_from(["2001:db8", "fd00:1ab"]))
+def test_ipv6_is_where_it_is_wanted_and_each_address_once(sites, net6):
+    with_ip6 = [
+        Site(name=site.name, kind=site.kind, ip=IpVersions.BOTH)
+        for site in sites
+        if site.kind.behaviour.layers < 2
+    ]
+    without = [site for site in sites if site.kind.behaviour.layers > 1]
+    topology = Topology(sites=(*with_ip6, *without), net6=net6)
+    topology.check()
+    script = Script("lab.test.", net6)
+    build_switch(script, ip6=topology.has_ip6)
+    for number, site in enumerate(topology.sites, 1):
+        build_site(script, site, number)
+    lines = [line for step in script.steps() for line in step.stdin.splitlines()]
+    found = [line.split()[2] for line in lines if line.startswith(f"addr add {net6}")]
+    assert len(set(found)) == len(found)
+    # the switch, each host, and both sides of each gateway
+    gateways = sum(site.kind.behaviour.layers for site in with_ip6)
+    assert len(found) == bool(with_ip6) + len(with_ip6) + 2 * gateways
+    assert all(ipaddress.ip_interface(address).version == 6 for address in found)
+
+
+def test_ipv6_that_no_gateway_can_pass_is_refused():
+    for kind, ip in ((NatKind.CGNAT, IpVersions.BOTH), (NatKind.CONE, IpVersions.V6)):
+        with pytest.raises(ConfigError):
+            Topology(sites=(Site(name="a", kind=kind, ip=ip),)).check()
