@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,9 +124,10 @@ class Simulation:
     def run(self) -> Report:
         """Let it all happen; return what came of it."""
         started = time.perf_counter()
-        self.prepare()
-        self.engine.run(self.scenario.fault_seconds)
-        self._settle()
+        with _without_collector():
+            self.prepare()
+            self.engine.run(self.scenario.fault_seconds)
+            self._settle()
         self._judge()
         return self._report(time.perf_counter() - started)
 
@@ -311,6 +315,18 @@ class Simulation:
             violations=tuple(self._violations),
             replay=replay_command(Path(self.name), self.seed, self.scenario.nodes),
         )
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Leave out the search for cycles: millions of objects, and few cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def replay_command(scenario: Path, seed: int, nodes: int) -> str:

@@ -178,6 +178,11 @@ class Swim:
             due = min(due, probe.ends)
         return due
 
+    @property
+    def has_more(self) -> bool:
+        """Whether :meth:`poll` has something to do before :meth:`next_timeout`."""
+        return bool(self._out or self._hinted or self._beliefs.urgent)
+
     def poll(self, now: float) -> list[Call]:
         """Do what is due and return the calls to start now.
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from statistics import median
+from types import FrameType
 from typing import Annotated
 
 import cyclopts
 
 from fabric.app.cli_output import show_json, show_table, talk
-from fabric.core.errors import ConfigError
+from fabric.core.errors import ConfigError, FabricError, NoRoute
 from sims.lab.lab import Lab
 from sims.lab.measure import PairResult, form_and_measure
 from sims.lab.topology import NatKind, Shape, Site, Topology
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HEADINGS = ("PAIR", "FIRST PATH", "FIRST RPC S", "DIRECT S", "PATH", "RTT MS")
 
 
@@ -30,7 +35,8 @@ def lab(
 ) -> None:
     """Build NATs of these kinds on this machine, a peer behind each; time all pairs.
 
-    Needs root on Linux. Everything is removed at the end.
+    Needs root on Linux. Everything is removed at the end, also after Ctrl+C. Exits with
+    3 if a pair cannot call each other, with 1 if one is relayed that could be direct.
 
     Args:
         kinds: What stands before each peer, joined by commas: none, full_cone,
@@ -45,7 +51,10 @@ def lab(
         json: Print JSON.
     """
     topology = topology_of(kinds, relays, delay_ms, rate_mbit)
-    with Lab(topology, set) as laboratory:
+    with stopped_once(), Lab(topology, set) as laboratory:
+        talk(
+            f"{len(topology.sites)} networks stand, {len(laboratory.hosts)} peers start"
+        )
         laboratory.start()
         results = form_and_measure(laboratory, patience, tell=talk)
         if json:
@@ -54,6 +63,50 @@ def lab(
             show_pairs(results)
         if keep:
             _stay(laboratory)
+    judge(results)
+
+
+@contextmanager
+def stopped_once() -> Iterator[None]:
+    """Let the first Ctrl+C or SIGTERM inside end the block, and no other its cleaning.
+
+    A laboratory that is cut off while it is removed leaves daemons and networks.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        talk("removing the laboratory")
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, stop) for each in STOPPING}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def judge(results: Sequence[PairResult]) -> None:
+    """Refuse results that are worse than the NATs allow.
+
+    Raises:
+        NoRoute: a pair cannot call each other.
+        FabricError: a pair is relayed that could be direct.
+    """
+    lost = sum(not result.connected for result in results)
+    if lost:
+        raise NoRoute(
+            f"{lost} of {len(results)} pairs cannot call each other",
+            next_step="--keep lets the daemons run: ask `fabric why PEER` there",
+        )
+    relayed = sum(not result.as_expected for result in results)
+    if relayed:
+        raise FabricError(
+            f"{relayed} of {len(results)} pairs are relayed that could be direct",
+            code="E_NOT_DIRECT",
+            next_step="more --patience; or --keep, and `fabric why PEER` there",
+        )
 
 
 def topology_of(kinds: str, relays: int, delay_ms: float, rate_mbit: float) -> Topology:
@@ -82,12 +135,21 @@ def show_pairs(results: Sequence[PairResult]) -> None:
     show_table(HEADINGS, [row_of(result) for result in results])
     connected = sum(result.connected for result in results)
     possible = [result for result in results if result.can_be_direct]
-    direct = sum(result.direct_seconds is not None for result in possible)
-    talk(f"{connected} of {len(results)} pairs can call each other")
-    talk(f"{direct} of {len(possible)} that can be direct are")
+    direct = sum(result.as_expected for result in possible)
+    firsts = [result.first_rpc_seconds for result in results]
+    directs = [result.direct_seconds for result in possible]
+    talk(f"{connected} of {len(results)} pairs can call each other{_spread(firsts)}")
+    talk(f"{direct} of {len(possible)} that can be direct are{_spread(directs)}")
     for result in results:
         if result.failure:
             talk(f"{result.one} -> {result.other}: {result.failure}")
+
+
+def _spread(seconds: Iterable[float | None]) -> str:
+    known = [each for each in seconds if each is not None]
+    if not known:
+        return ""
+    return f": after {median(known):.1f} s in the median, {max(known):.1f} s at most"
 
 
 def row_of(result: PairResult) -> tuple[object, ...]:
@@ -108,8 +170,6 @@ def _stay(laboratory: Lab) -> None:
         enter = " ".join(laboratory.network.enter(host))
         talk(f"{host}: fabric status --home {home}; shell: {enter} bash")
     talk("Ctrl+C removes the laboratory")
-    try:
+    with suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
-    except KeyboardInterrupt:
-        talk("removing")

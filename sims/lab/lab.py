@@ -5,6 +5,7 @@ Control sockets are files, so this process talks to every daemon from outside.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from fabric.app.control_messages import PeerView
 from fabric.core.errors import ConfigError
 from sims.lab.network import Network
 from sims.lab.topology import IpVersions, NatKind, Topology
-from sims.local import Launch, LocalMesh
+from sims.local import Launch, LocalMesh, start_time_of
 
 PUBLIC_PORT = 443
 """Where public hosts listen: the one port that every firewall lets out."""
@@ -52,7 +53,7 @@ class Lab:
             raise ConfigError("a laboratory needs a public host to meet at")
         self.network = Network(topology)
         # a Unix socket's path holds 107 bytes
-        self._root = Path(tempfile.mkdtemp(prefix="fabric-lab-"))
+        self._root = Path(tempfile.mkdtemp(prefix=_own_prefix()))
         self._settings = tuple(settings)
         self._listen = dict(listen or {})
         self.mesh = LocalMesh(self._root, self._launch)
@@ -61,6 +62,7 @@ class Lab:
 
     def __enter__(self) -> Lab:
         """Build the network; no daemon runs yet."""
+        _sweep_homes()
         self._stack.callback(shutil.rmtree, self._root, ignore_errors=True)
         with ExitStack() as undo:
             undo.push(self._stack)
@@ -138,6 +140,11 @@ class Lab:
             settings=self._settings,
         )
 
+    def halt(self) -> None:
+        """End all daemons at once; the network and their logs stay."""
+        for name in self.mesh.names:
+            self.mesh.kill(name)
+
     def _down(self) -> None:
         for name in self.mesh.names:
             self.mesh.resume(name)
@@ -149,3 +156,16 @@ def listen_on(ip: IpVersions, port: int) -> str:
     found = [f"/ip4/0.0.0.0/tcp/{port}"] if ip.has_ip4 else []
     found += [f"/ip6/::/tcp/{port}"] if ip.has_ip6 else []
     return ",".join(found)
+
+
+def _own_prefix() -> str:
+    own = os.getpid()
+    return f"fabric-lab-{own}.{start_time_of(own)}-"
+
+
+def _sweep_homes() -> None:
+    """Remove the homes of laboratories whose process was killed."""
+    for path in Path(tempfile.gettempdir()).glob("fabric-lab-*.*-*"):
+        pid, _, started = path.name.split("-")[2].partition(".")
+        if pid.isdigit() and start_time_of(int(pid)) != int(started or 0):
+            shutil.rmtree(path, ignore_errors=True)

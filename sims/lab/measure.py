@@ -91,7 +91,7 @@ def form_and_measure(
         tell: Told who joined.
 
     Raises:
-        FabricError: a host could not join.
+        FabricError: a host could not join; the daemons have ended then.
     """
     joined: dict[str, float] = {}
 
@@ -131,7 +131,13 @@ def measure_pairs(
     longest = max(PAUSE_SECONDS, len(watches) / CALLS_PER_SECOND)
     # a call may block for seconds, and must not keep other pairs waiting
     with ThreadPoolExecutor(max(1, len(watches)), "pair") as pool:
-        list(pool.map(lambda watch: watch.run(longest), watches))
+        try:
+            list(pool.map(lambda watch: watch.run(longest), watches))
+        except BaseException:
+            # nobody wants the rest: calls under way end with their daemons
+            clock.stop()
+            lab.halt()
+            raise
     return [watch.result for watch in watches]
 
 
@@ -145,6 +151,11 @@ class _Clock:
         self._patience = patience
         self._formed = formed
         self._until = math.inf
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End all pairs' time."""
+        self._stopped = True
 
     def started(self, pair: Pair) -> float | None:
         """Return when the later of the two had joined."""
@@ -155,6 +166,8 @@ class _Clock:
     @property
     def over(self) -> bool:
         """Whether it is time to stop."""
+        if self._stopped:
+            return True
         if self._until == math.inf and self._formed():
             self._until = time.monotonic() + self._patience
         return time.monotonic() >= self._until

@@ -162,7 +162,8 @@ class Vitals:
             swim.answered(call, ack, now)
         else:
             swim.failed(call, now)
-        self._poll(node, generation)
+        if swim.has_more:
+            self._poll(node, generation)
 
     def _serve_untrusted(
         self, node: Node, call: Call, answered: _Answer, data: bytes
@@ -183,7 +184,7 @@ class Vitals:
             self._ask(partner, reply, relayed)
         else:
             back(reply)
-        if ping.claims:
+        if swim.has_more:
             self._poll(partner, partner.generation)
 
     def _relayed(
