@@ -14,6 +14,7 @@ from dht import bitmap
 from dht.config import ContentConfig
 from dht.messages import BULK_SERVICE, CODEC, METHOD_HAVE, Ask, Have, NotHere
 from dht.partial import PartialBlob
+from dht.progress import Progress
 from dht.swarm import Swarm
 from dht.transfer import ContentLink, Outcome
 from fabric.core.errors import (
@@ -52,24 +53,6 @@ class ContentNet:
 
 Search = Callable[[], Awaitable[Iterable[PeerId]]]
 """Returns the peers said to hold the content now; bounded in time by itself."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a download is.
-
-    Attributes:
-        num_held: Blocks that are here.
-        num_blocks: Of so many.
-        num_sources: Peers that blocks are asked of now.
-        waited_seconds: For how long every holder has been out of reach; 0 while one is
-            there.
-    """
-
-    num_held: int
-    num_blocks: int
-    num_sources: int
-    waited_seconds: float
 
 
 class Download:

@@ -11,7 +11,7 @@ import trio
 from dht import bitmap
 from dht.blobs import BlobStore
 from dht.config import ContentConfig
-from dht.download_service import ContentNet, Download, Progress, Search
+from dht.download_service import ContentNet, Download, Search
 from dht.manifest import BlobManifest, decode_manifest_untrusted
 from dht.manifest_service import HoldersAway, fetch_manifest
 from dht.messages import (
@@ -25,6 +25,7 @@ from dht.messages import (
     Message,
     NotHere,
 )
+from dht.progress import Progress
 from dht.providers import MAX_PROVIDERS, Announcements, usable_providers
 from dht.swarm import Swarm
 from dht.transfer import serve_content

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cyclopts
 
 from checkpoints.cli import app as checkpoint_app
-from fabric.app.cli_output import show_json, show_table, show_text
-from fabric.app.client import connect
+from dht.progress import Progress
+from fabric.app.cli_output import show_json, show_table, show_text, talk
+from fabric.app.client import Client, connect
+from fabric.core.errors import FabricError
+
+TELL_SECONDS = 1.0
 
 
 def add(path: Path, *, home: Path | None = None, json: bool = False) -> None:
@@ -32,9 +40,47 @@ def get(root: str, path: Path, *, home: Path | None = None, json: bool = False) 
         home: Directory of the peer to talk to.
         json: Print JSON.
     """
-    connect(home).content_get(root, path)
+    client = connect(home)
+    with _told(client, root, quiet=json):
+        client.content_get(root, path)
     if json:
         show_json({"root": root, "path": str(path)})
+
+
+@contextmanager
+def _told(client: Client, root: str, *, quiet: bool) -> Iterator[None]:
+    """Tell how far the fetch of ``root`` is, while the block lasts.
+
+    Only where somebody watches: stderr is a terminal.
+    """
+    over = threading.Event()
+
+    def tell() -> None:
+        said = ""
+        while not over.wait(TELL_SECONDS):
+            with suppress(FabricError):  # the fetch itself says why
+                text = progress_text(client.content_progress(root))
+                if text != said:
+                    talk(text)
+                    said = text
+
+    teller = threading.Thread(target=tell, daemon=True)
+    if sys.stderr.isatty() and not quiet:
+        teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def progress_text(progress: Progress) -> str:
+    """Return how far a fetch is, for people."""
+    if not progress.num_blocks:
+        return "looking for a peer that holds it"
+    text = f"{progress.num_held} of {progress.num_blocks} blocks"
+    if progress.num_sources:
+        return f"{text}, from {progress.num_sources} peers"
+    return f"{text}; waiting for a holder since {progress.waited_seconds:.0f} s"
 
 
 def ls(*, home: Path | None = None, json: bool = False) -> None:

@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from crdt_store.trust_row import TrustRow
+from dht.progress import Progress
 from fabric.app import control_messages as m
 from fabric.app.config_loader import set_at
 from fabric.app.control_client import Exchange, decode
@@ -223,6 +224,10 @@ class Client:
     def content_get(self, root: str, path: Path) -> None:
         """Fetch ``root`` from any peers that hold it and write it to ``path``."""
         self.one(m.ContentGet(root, str(path.absolute())), m.Line, timeout=3600)
+
+    def content_progress(self, root: str) -> Progress:
+        """Return how far a fetch of ``root`` is that another call waits for."""
+        return self.one(m.ContentProgress(root), Progress)
 
     def content(self) -> list[m.ContentRow]:
         """Return the content held here."""

@@ -150,6 +150,12 @@ class ContentGet(msgspec.Struct, frozen=True, tag="content_get"):
     path: Text
 
 
+class ContentProgress(msgspec.Struct, frozen=True, tag="content_progress"):
+    """Say how far the fetch of ``root`` is, as a ``dht.progress.Progress``."""
+
+    root: Text
+
+
 class ContentList(msgspec.Struct, frozen=True, tag="content_list"):
     """List the content held here."""
 
@@ -204,6 +210,7 @@ Request = (
     | Serve
     | ContentAdd
     | ContentGet
+    | ContentProgress
     | ContentList
     | Ping
     | Doctor

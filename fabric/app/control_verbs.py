@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import trio
 
+from dht.progress import Progress
 from fabric.app import control_messages as m
 from fabric.app.boards import board_view, edit_board
 from fabric.app.checkpoint_flow import content_root
@@ -82,6 +83,8 @@ class ControlVerbs:
                 if isinstance(request, m.BoardEdit):
                     await edit_board(self._session, job, request)
                 return board_view(self._session, job)
+            case m.ContentProgress(root):
+                return self._session.content.progress(content_root(root)) or Progress()
             case m.Why():
                 return m.Lines(await self._why(request.subject))
             case m.RootSigned():

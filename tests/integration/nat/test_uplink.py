@@ -136,6 +136,8 @@ def test_a_transfer_resumes(formed, tmp_path, capsys, change):
     transfer = Transfer(lab, root, tmp_path / "copy")
     transfer.wait_for(CONTENT_BYTES // 4, READY_SECONDS)
     assert transfer.running
+    told = lab.client("there").content_progress(root)
+    assert 0 < told.num_held < told.num_blocks == CONTENT_BYTES >> 20
     with Calls(lab, "here", "there") as calls:
         CHANGES[change](lab.network)
         took = transfer.wait_for(PROGRESS_BYTES, RESUME_SECONDS)
