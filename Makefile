@@ -44,6 +44,7 @@ bench-setup: $(STAMP)  ## Install the rivals that benchmarks compare with
 bench: bench-setup  ## All benchmarks, appended to benchmarks/results/*.jsonl
 	$(BIN)/python -m benchmarks.rpc --json
 	$(BIN)/python -m benchmarks.bulk --json
+	$(BIN)/python -m benchmarks.nat --json
 	$(BIN)/python -m benchmarks.store --json
 
 fmt: $(STAMP)  ## Format and sort imports

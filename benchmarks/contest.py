@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,28 @@ Message = dict[str, Any]
 
 
 class Process:
-    """One child that answers JSON commands."""
+    """One child that answers JSON commands.
 
-    def __init__(self, python: str, module: str, *arguments: str) -> None:
+    Args:
+        python: Interpreter of the environment that has the contestant.
+        module: Of ``benchmarks.peers``.
+        arguments: Its arguments.
+        enter: Put before the command: what moves it into another network.
+        fds: Descriptors that it inherits.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        module: str,
+        *arguments: str,
+        enter: Sequence[str] = (),
+        fds: Sequence[int] = (),
+    ) -> None:
         self._child = subprocess.Popen(
-            [python, "-m", f"benchmarks.peers.{module}", *arguments],
+            [*enter, python, "-m", f"benchmarks.peers.{module}", *arguments],
             cwd=ROOT,
+            pass_fds=fds,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -37,10 +53,14 @@ class Process:
 
     def ask(self, message: Message) -> Message:
         """Return the child's answer to ``message``."""
+        self.tell(message)
+        return self.listen()
+
+    def tell(self, message: Message) -> None:
+        """Send ``message``; :meth:`listen` gets the answer."""
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(message) + "\n")
         self._child.stdin.flush()
-        return self.listen()
 
     def listen(self) -> Message:
         """Return the child's next line.
@@ -80,14 +100,19 @@ class Contestant:
         self._server = server
         self._client = client
 
-    def run(self, case: Message) -> Sample:
-        """Return the client's measurement of ``case`` and what it cost both sides.
+    def run(self, case: Message, others: Sequence[Process] = ()) -> Sample:
+        """Return the client's measurement of ``case`` and what it cost all sides.
 
         The client answers {"value": rate, "work": calls or GB}.
+
+        Args:
+            case: What to measure.
+            others: Processes that take part, such as relays.
         """
-        before = [p.ask({"do": "usage"}) for p in (self._client, self._server)]
+        processes = (self._client, self._server, *others)
+        before = [p.ask({"do": "usage"}) for p in processes]
         answer = self._client.ask({"do": "run", **case})
-        after = [p.ask({"do": "usage"}) for p in (self._client, self._server)]
+        after = [p.ask({"do": "usage"}) for p in processes]
         cpu = sum(a["cpu"] - b["cpu"] for a, b in zip(after, before, strict=True))
         return Sample(
             value=answer["value"],

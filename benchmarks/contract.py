@@ -32,7 +32,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         rival_cpu_seconds: The same of the rival's processes.
         peak_rss_bytes: Of our largest process.
         load: One-minute load average when the case ended.
-        skipped: Why there is no rival value, or empty.
+        skipped: Why there is no rival value, or what else to know; or empty.
     """
 
     bench: str
@@ -51,7 +51,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One round of one contestant; ``cpu_seconds`` per call or per GB."""
+    """One round of one contestant; ``cpu_seconds`` per call or per GB.
+
+    Zero means not measured: a row then says null.
+    """
 
     value: float
     cpu_seconds: float = 0.0
@@ -79,9 +82,9 @@ def compare(
         rival=rival,
         rival_value=_median(s.value for s in theirs),
         ratio=_median(ratios),
-        cpu_seconds=_median(s.cpu_seconds for s in ours),
-        rival_cpu_seconds=_median(s.cpu_seconds for s in theirs),
-        peak_rss_bytes=max((s.peak_rss_bytes for s in ours), default=None),
+        cpu_seconds=_median(s.cpu_seconds for s in ours if s.cpu_seconds),
+        rival_cpu_seconds=_median(s.cpu_seconds for s in theirs if s.cpu_seconds),
+        peak_rss_bytes=max((s.peak_rss_bytes for s in ours), default=0) or None,
         load=round(os.getloadavg()[0], 2),
         commit=commit(),
         skipped=skipped,
@@ -143,15 +146,13 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def _table_line(row: Row) -> str:
-    if row.ratio is None:
-        ours = f"{row.case:32} {_number(row.ours)} {row.unit:10} {_cost(row)}"
-        return f"{ours} {row.skipped}"
-    return (
-        f"{row.case:32} {_number(row.ours)} {row.unit:10} {row.rival:16}"
-        f" {_number(row.rival_value)}   {row.ratio:6.2f}x"
-        f"   CPU 1/{(row.rival_cpu_seconds or 0.0) / (row.cpu_seconds or 1.0):.1f}"
-        f"  {_cost(row)}"
-    )
+    parts = [f"{row.case:32} {_number(row.ours)} {row.unit:10}"]
+    if row.ratio is not None:
+        rival = f"{row.rival:16} {_number(row.rival_value)}"
+        parts.append(f"{rival}   {row.ratio:6.3g}x")
+    if row.cpu_seconds and row.rival_cpu_seconds:
+        parts.append(f"CPU 1/{row.rival_cpu_seconds / row.cpu_seconds:.1f}")
+    return "  ".join([*parts, _cost(row), row.skipped]).rstrip()
 
 
 def _cost(row: Row) -> str:
@@ -168,7 +169,9 @@ def _cost(row: Row) -> str:
 
 
 def _number(value: float | None) -> str:
-    return f"{value:12,.1f}" if value is not None else f"{'-':>12}"
+    if value is None:
+        return f"{'-':>12}"
+    return f"{value:12,.1f}" if value >= 10 else f"{value:12,.3f}"
 
 
 def note(text: str) -> None:
