@@ -152,6 +152,8 @@ class RpcConnection:
         deadline = trio.current_effective_deadline()
         if deadline == float("inf"):
             deadline = now + self._config.call_timeout_seconds
+        elif deadline < now:  # -inf in a cancelled scope
+            await trio.lowlevel.checkpoint_if_cancelled()
         call = self._core.request(method, request, deadline, now)
         self._callers[call] = trio.lowlevel.current_task()
         self._wake_writer()

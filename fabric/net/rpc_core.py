@@ -172,7 +172,7 @@ class RpcCore:
             raise ResourceExhausted(f"{len(self._open)} calls wait for this peer")
         self._check_room(len(payload))
         call = self._new_id()
-        left = min(max(int((deadline - now) * 1000), 0), _MAX_TIMEOUT_MS)
+        left = int(min(max((deadline - now) * 1000, 0), _MAX_TIMEOUT_MS))
         head = _REQUEST.pack(left, len(name)) + name
         self._queue(Kind.REQUEST, call, head, payload)
         self._open.add(call)

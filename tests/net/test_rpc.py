@@ -222,6 +222,17 @@ async def test_cancelled_call_cancels_the_handler(autojump_clock):
             await cancelled.wait()
 
 
+async def test_a_call_in_a_cancelled_scope_is_cancelled(autojump_clock):
+    async with mesh("a", "b") as wires:
+        asked = []
+        wires.services["b"].register("x.ask", lambda peer, request: asked.append(1))
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await wires.services["a"].call("b", "x.ask", b"")
+        assert scope.cancelled_caught
+        assert not asked
+
+
 async def test_too_many_async_calls_are_refused(autojump_clock):
     async with mesh("a", "b", config=RpcConfig(max_async_handlers=2)) as wires:
         wires.services["b"].register_async("x.hang", hang)

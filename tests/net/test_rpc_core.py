@@ -1,5 +1,6 @@
 """The RPC state machine without I/O: any order, any cut, any bytes."""
 
+import math
 import struct
 
 import msgspec
@@ -89,6 +90,14 @@ def test_deadlines_expire_in_order_and_answered_calls_do_not():
     assert a.next_timeout() == 0.2
     assert a.on_timeout(0.2) == [soon]
     assert a.on_timeout(0.9) == [late]
+
+
+@pytest.mark.parametrize("deadline", [-math.inf, -1.0, 0.0, 1e12])
+def test_any_deadline_can_be_sent(deadline):
+    a, b = RpcCore(CONFIG, 0.0), RpcCore(CONFIG, 0.0)
+    call = a.request("x", b"", deadline, 0.0)
+    assert [type(e) for e in move(a, b)] == [RequestReceived]
+    assert (call in a.on_timeout(0.0)) == (deadline <= 0)
 
 
 def test_many_answered_calls_leave_no_deadlines_behind():
