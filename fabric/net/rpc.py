@@ -124,7 +124,11 @@ class RpcService:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # what still arrives is refused: the nursery is about to take no more
+                self._nursery = None
 
     def register(self, method: str, handler: Handler) -> None:
         """Answer ``method`` ("package.verb") inline."""

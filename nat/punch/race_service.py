@@ -29,6 +29,8 @@ _OCCUPIED = frozenset({errno.EADDRNOTAVAIL, errno.EADDRINUSE, errno.EISCONN})
 _HOPELESS = frozenset({errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EACCES})
 """No route for this family, or a local firewall: trying again changes nothing."""
 _OCCUPIED_WAIT_SECONDS = 0.01
+KNOCK_SECONDS = (0.0, 0.1, 0.3)
+"""Pauses before the knocks at one listener; few, for it may be a stranger's."""
 
 
 async def dial_loop(
@@ -206,7 +208,16 @@ class PunchRace:
             self.tries += schedule.tries
 
     async def _knock(self, address: Address, key: bytes) -> None:
-        """Dial a public listener once, as any data-plane connection would."""
+        """Dial a public listener, as any data-plane connection would.
+
+        Who is there may not have its race open yet: a round trip that was measured on a
+        busy machine is longer than the way. It then hangs up, and is asked again.
+        """
+        for pause in KNOCK_SECONDS:
+            await trio.sleep(pause)
+            await self._knock_once(address, key)
+
+    async def _knock_once(self, address: Address, key: bytes) -> None:
         sock = trio.socket.socket(family_of(address[0]), socket.SOCK_STREAM)
         try:
             await sock.connect(address)

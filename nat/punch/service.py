@@ -116,9 +116,13 @@ class TcpPuncher:
                 reason says which, and so does a punch that is not tried again yet.
             FabricError: see :meth:`PunchExchange.initiate`.
         """
-        await trio.lowlevel.checkpoint()  # before there is something to lose
         spare = self._take_spare(peer)
         if spare is not None:
+            try:
+                await trio.lowlevel.checkpoint()
+            except trio.Cancelled:
+                self._shelve(peer, spare)
+                raise
             return spare
         self._check_due(peer)
         if self._nursery is None:
@@ -281,7 +285,15 @@ class TcpPuncher:
                     self._backoff.succeeded(event.peer)
 
     async def _keep_spares(self) -> None:
-        while True:
+        try:
+            while True:
+                await self._keep_spares_once()
+        finally:
+            # before the nursery closes: it takes no more tasks a moment before its
+            # owner runs again, and a socket given to it then would be lost
+            self._nursery = None
+
+    async def _keep_spares_once(self) -> None:
             now = trio.current_time()
             self._close(self._spares.expire(now))
             self._close([n for n, s in self._sockets.items() if _is_dead(s)])

@@ -9,7 +9,10 @@ from nat.punch.config import PunchConfig
 from tests.cancelling import cancelled_after, open_sockets
 from tests.nat.punch.punch_pair import pair
 
-SPARES = PunchConfig(bulk_sockets=2, inbound_burst=10_000)
+# the other end holds what it accepted until the end of the test
+SPARES = PunchConfig(
+    bulk_sockets=2, inbound_burst=10_000, max_accepted_sockets_per_peer=10_000
+)
 
 
 async def punch_twice(one, two):
