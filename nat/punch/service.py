@@ -294,16 +294,16 @@ class TcpPuncher:
             self._nursery = None
 
     async def _keep_spares_once(self) -> None:
-            now = trio.current_time()
-            self._close(self._spares.expire(now))
-            self._close([n for n, s in self._sockets.items() if _is_dead(s)])
-            for peer in self._spares.wanted(now):
-                if self._backoff.due(peer) <= now and self._nursery is not None:
-                    self._spares.started(peer)
-                    self._nursery.start_soon(self._punch_spare, peer)
-            self._wake = trio.Event()
-            with trio.move_on_after(_SWEEP_SECONDS):
-                await self._wake.wait()
+        now = trio.current_time()
+        self._close(self._spares.expire(now))
+        self._close([n for n, s in self._sockets.items() if _is_dead(s)])
+        for peer in self._spares.wanted(now):
+            if self._backoff.due(peer) <= now and self._nursery is not None:
+                self._spares.started(peer)
+                self._nursery.start_soon(self._punch_spare, peer)
+        self._wake = trio.Event()
+        with trio.move_on_after(_SWEEP_SECONDS):
+            await self._wake.wait()
 
     async def _punch_spare(self, peer: PeerId) -> None:
         try:
