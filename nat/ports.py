@@ -31,6 +31,7 @@ class TraversalNeeds:
         is_member: Whether a peer is a member of our mesh.
         learn: Takes what discovery found.
         relayed: Peers whose RPC is on a relay.
+        direct: Peers whose RPC needs none.
         upgrade: Moves one of them to a better path.
         network_changed: Told after this package's parts.
     """
@@ -42,6 +43,7 @@ class TraversalNeeds:
     is_member: Callable[[PeerId], bool]
     learn: Learn
     relayed: Callable[[], frozenset[PeerId]]
+    direct: Callable[[], frozenset[PeerId]]
     upgrade: Callable[[PeerId], Awaitable[None]]
     network_changed: Callable[[NetworkChanged], None]
 

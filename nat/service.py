@@ -37,6 +37,7 @@ from nat.multiaddr_bytes import tcp_multiaddr
 from nat.portmap.lease import WantedPort
 from nat.portmap.service import PortMapping, open_port_mapping
 from nat.ports import TraversalBase, TraversalNeeds
+from nat.punch.control_service import ControlPathService
 from nat.punch.dcutr_round_service import ControlSurroundings
 from nat.punch.dcutr_service import DcutrService
 from nat.punch.exchange_service import Surroundings as PunchSurroundings
@@ -51,6 +52,7 @@ from nat.reachability.service import (
     open_reachability,
 )
 from nat.relay.circuit_service import CircuitService
+from nat.relay.messages import PROTOCOL_VIA
 from nat.relay.service import RelayService
 from nat.vantage import Vantage, control_port
 
@@ -71,6 +73,7 @@ class Traversal:
         circuits: Our reservations at relays.
         puncher: Hole punching of data-plane sockets.
         dcutr: Hole punching of control connections.
+        control: Those that need the data plane's path instead.
         upgrades: Who moves off a relay when.
         discovery: Rendezvous.
         mdns: The local network.
@@ -96,7 +99,13 @@ class Traversal:
         host, counters = base.host, base.counters
         self.history = History()
         here = self.vantage = Vantage(
-            host, base.plane, network, mapping, reachability, needs.addresses_of
+            host,
+            base.plane,
+            network,
+            mapping,
+            reachability,
+            needs.addresses_of,
+            lambda peer: base.gate.allows(peer, PROTOCOL_VIA).allowed,
         )
         AutonatService(host, base.dial_back, config.reachability.autonat, counters)
         self.relay = RelayService(
@@ -108,6 +117,7 @@ class Traversal:
             config.circuit,
             counters,
             addresses_of=needs.addresses_of,
+            neighbours=here.neighbours,
             on_data=self._on_circuit,
             on_addresses=self._set_circuits,
             history=self.history,
@@ -135,6 +145,7 @@ class Traversal:
             counters,
             history=self.history,
         )
+        self.control = ControlPathService(host, base.plane, config.punch, needs.direct)
         self.upgrades = UpgradeService(config.punch, needs.relayed, needs.upgrade)
         self.discovery = DiscoveryService(
             host,
@@ -168,6 +179,7 @@ class Traversal:
                 self.circuits,
                 self.puncher,
                 self.dcutr,
+                self.control,
                 self.upgrades,
                 self.discovery,
                 self.mdns,
@@ -254,6 +266,7 @@ class Traversal:
                     self.circuits,
                     self.puncher,
                     self.dcutr,
+                    self.control,
                     self.upgrades,
                     self.discovery,
                     self.mdns,

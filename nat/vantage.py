@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 from fabric.core.ids import PeerId
@@ -25,6 +26,8 @@ from nat.reachability.service import ReachabilityService
 from nat.relay.circuit_addresses import CIRCUIT
 
 MAX_DATA_ADDRESSES = 8
+MAX_NEIGHBOURS = 6
+"""Members that are asked for one circuit; others the next time."""
 _PUNCH_WORDS: dict[str, Mapping] = {
     "none": "endpoint_independent",
     "endpoint_independent": "endpoint_independent",
@@ -42,6 +45,8 @@ class Vantage:
         mapping: What routers forward to us.
         reachability: What others say of us.
         addresses_of: Multiaddrs at which a peer may be.
+        admits: Whether we trust a peer, and may ask it to carry something.
+        rng: Chooses among the members that may.
     """
 
     def __init__(
@@ -52,7 +57,11 @@ class Vantage:
         mapping: PortMapping,
         reachability: ReachabilityService,
         addresses_of: Callable[[PeerId], Sequence[str]],
+        admits: Callable[[PeerId], bool],
+        rng: random.Random | None = None,
     ) -> None:
+        self._admits = admits
+        self._rng = rng or random.Random()
         self._host = host
         self._plane = plane
         self._network = network
@@ -78,6 +87,17 @@ class Vantage:
         )
         circuits = [address for address in addresses if CIRCUIT in address]
         return (*worth_dialling(ranked), *circuits)
+
+    def neighbours(self, peer: PeerId) -> tuple[PeerId, ...]:
+        """Return members that we reach without a relay: they may reach ``peer``."""
+        found = [
+            other
+            for other in sorted(self._host.connected())
+            if other != peer
+            and any(info.kind != "relay" for info in self._host.connections(other))
+            and self._admits(other)
+        ]
+        return tuple(self._rng.sample(found, min(len(found), MAX_NEIGHBOURS)))
 
     def local_ips(self) -> tuple[str, ...]:
         """Return the addresses of our interfaces."""

@@ -9,6 +9,7 @@ from attestation.ports import Verdict
 from crdt_store.service import Store
 from fabric.core.ids import PeerId
 from fabric.net.ports import Decision
+from nat.relay.circuit_addresses import via
 from nat.vantage import Vantage
 
 _NOT_OPEN = Decision(
@@ -56,8 +57,15 @@ class LateRank:
         self.vantage: Vantage | None = None
 
     def __call__(self, peer: PeerId, addrs: Sequence[str]) -> Sequence[str]:
-        """Return the addresses worth a dial, best first."""
-        return addrs if self.vantage is None else self.vantage.rank(peer, addrs)
+        """Return the addresses worth a dial, best first, members in between last.
+
+        All of them if none seems good: a wrong guess about another site's addresses
+        must not make a peer unreachable.
+        """
+        if self.vantage is None:
+            return addrs
+        good = self.vantage.rank(peer, addrs) or tuple(addrs)
+        return (*good, *(via(other, peer) for other in self.vantage.neighbours(peer)))
 
 
 class SessionGate:

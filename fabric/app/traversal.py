@@ -96,6 +96,7 @@ class MeshKnowledge:
             is_member=lambda peer: self._store.authority.membership(peer).allowed,
             learn=self._learn,
             relayed=self.relayed,
+            direct=lambda: self._rpc.connected() - self.relayed(),
             upgrade=self._rpc.upgrade,
             network_changed=network_changed,
         )

@@ -73,7 +73,11 @@ class ForJob(msgspec.Struct, frozen=True, tag="job"):
     channel: _Name
 
 
-OfferPurpose = ForRpc | ForBulk | ForJob
+class ForControl(msgspec.Struct, frozen=True, tag="control"):
+    """A control connection on a path that the control port did not find."""
+
+
+OfferPurpose = ForRpc | ForBulk | ForJob | ForControl
 
 
 class OfferRequest(msgspec.Struct, frozen=True, tag="request"):

@@ -29,6 +29,11 @@ class CircuitAddress(msgspec.Struct, frozen=True):
     target: PeerId | None = None
 
 
+def via(relay: PeerId, target: PeerId) -> str:
+    """Return the circuit through a peer that we are connected with, wherever it is."""
+    return f"/p2p/{relay}{CIRCUIT}/p2p/{target}"
+
+
 def parse_circuit_untrusted(addr: str) -> CircuitAddress | None:
     """Return the parts of ``addr``, or None if it is no circuit over one TCP relay."""
     relay_addr, mark, rest = addr.partition(CIRCUIT)

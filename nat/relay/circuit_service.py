@@ -19,7 +19,7 @@ from fabric.net.ping import ping
 from fabric.net.ports import Gate
 from fabric.net.traversal_api import ConnectionInfo, TraversalHost
 from nat.history import History, outcome
-from nat.multiaddr_bytes import tcp_multiaddr
+from nat.multiaddr_bytes import tcp_endpoint, tcp_multiaddr
 from nat.relay.circuit import Action, Probe, Reservations
 from nat.relay.circuit_addresses import announceable, by_relay, peer_of
 from nat.relay.circuit_inbound_service import InboundCircuits
@@ -32,7 +32,13 @@ from nat.relay.circuit_streams_service import (
     socket_ends,
 )
 from nat.relay.config import CircuitConfig
-from nat.relay.messages import PROTOCOL_STOP, UNLIMITED, Limit
+from nat.relay.messages import (
+    PROTOCOL_HOP,
+    PROTOCOL_STOP,
+    PROTOCOL_VIA,
+    UNLIMITED,
+    Limit,
+)
 from nat.relay.pump_service import break_stream
 
 log = logging.getLogger(__name__)
@@ -50,6 +56,8 @@ class CircuitService:
         config: Numbers and times.
         counters: Where refusals are counted.
         addresses_of: The addresses that a peer announces, circuit addresses among them.
+        neighbours: Members connected with us without a relay, but not the one asked
+            about: they may be connected with it.
         on_data: Takes inbound data-plane sockets, in a task of its own.
         on_addresses: Told the circuit addresses to announce whenever they change.
         history: Told how each circuit that we dial went.
@@ -66,6 +74,7 @@ class CircuitService:
         counters: Counters,
         *,
         addresses_of: Callable[[PeerId], Sequence[str]],
+        neighbours: Callable[[PeerId], Sequence[PeerId]] = lambda peer: (),
         on_data: OnData,
         on_addresses: Callable[[tuple[str, ...]], None],
         history: History | None = None,
@@ -74,11 +83,13 @@ class CircuitService:
         self._history = history if history is not None else History()
         self._host = host
         self._config = config
+        self._gate = gate
         self._addresses_of = addresses_of
+        self._neighbours = neighbours
         self._on_addresses = on_addresses
         self._announced: tuple[str, ...] = ()
         self._inbound = InboundCircuits(
-            host, gate, config, counters, self.reservations.expects, on_data
+            host, gate, config, counters, self._expects, on_data
         )
         # one token: whoever wakes the loop makes it look at everything
         self._wake, self._woken = trio.open_memory_channel[None](1)
@@ -98,6 +109,13 @@ class CircuitService:
                 await self._keep(nursery)
             finally:
                 self._nursery = None
+
+    def _expects(self, relay: PeerId) -> bool:
+        """Return whether circuits may come from ``relay``: one of ours, or a member."""
+        return (
+            self.reservations.expects(relay)
+            or self._gate.allows(relay, PROTOCOL_VIA).allowed
+        )
 
     def set_candidates(self, candidates: Mapping[PeerId, Sequence[str]]) -> None:
         """Choose relays from these peers, best first, with their addresses."""
@@ -217,16 +235,25 @@ class CircuitService:
         relay = peer_of(relay_addr)
         if relay is None or relay in (peer, self._host.peer_id):
             raise NoRoute(f"{relay_addr} is not an address of a relay between us")
-        stream = await self._circuit(relay, (relay_addr,), peer)
+        if tcp_endpoint(relay_addr) is None:  # made by `via`
+            await trio.sleep(self._config.via_after_seconds)
+            stream = await self._circuit(relay, (), peer, protocol=PROTOCOL_VIA)
+        else:
+            stream = await self._circuit(relay, (relay_addr,), peer)
         return stream, ConnectionInfo(kind="relay", outbound=True, relay=relay)
 
     async def _circuit(
-        self, relay: PeerId, addrs: Sequence[str], peer: PeerId, first: bytes = b""
+        self,
+        relay: PeerId,
+        addrs: Sequence[str],
+        peer: PeerId,
+        first: bytes = b"",
+        protocol: str = PROTOCOL_HOP,
     ) -> trio.abc.HalfCloseableStream:
         """Return a circuit whose first bytes were sent; they say it is for data."""
         began = trio.current_time()
         try:
-            stream = await self._circuit_within(relay, addrs, peer, first)
+            stream = await self._circuit_within(relay, addrs, peer, first, protocol)
         except FabricError as exc:
             ended = outcome(began, trio.current_time(), exc)
             self._history.on_circuit(peer, relay, ended)
@@ -235,11 +262,16 @@ class CircuitService:
         return stream
 
     async def _circuit_within(
-        self, relay: PeerId, addrs: Sequence[str], peer: PeerId, first: bytes
+        self,
+        relay: PeerId,
+        addrs: Sequence[str],
+        peer: PeerId,
+        first: bytes,
+        protocol: str,
     ) -> trio.abc.HalfCloseableStream:
         try:
             with trio.fail_after(self._config.connect_seconds):
-                stream, limit = await self._join(relay, addrs, peer)
+                stream, limit = await self._join(relay, addrs, peer, protocol)
                 assert isinstance(stream, trio.abc.HalfCloseableStream)
                 if first:
                     if not self.reservations.suits_data(limit):
@@ -260,19 +292,19 @@ class CircuitService:
             ) from exc
 
     async def _join(
-        self, relay: PeerId, addrs: Sequence[str], peer: PeerId
+        self, relay: PeerId, addrs: Sequence[str], peer: PeerId, protocol: str
     ) -> tuple[trio.abc.Stream, Limit]:
         if relay == self._host.peer_id:  # it reserved with us: we are its relay
             return await open_stop(self._host, peer, relay), UNLIMITED
         await self._reach(relay, addrs)
-        stream, answer = await connect(self._host, relay, peer)
+        stream, answer = await connect(self._host, relay, peer, protocol)
         return stream, answer.limit
 
     async def open_data(self, peer: PeerId) -> socket.socket:
         """Return a socket whose bytes a relay carries to ``peer``'s data plane.
 
         The peer's relays are tried nearest first, the next one beside one that does
-        not answer at once.
+        not answer at once; then members that are connected with us.
 
         Raises:
             NoRoute: no relay leads there; the reason has each relay's.
@@ -281,13 +313,22 @@ class CircuitService:
             raise LocalProtocolError("the circuit service does not run")
         relays = by_relay(self._addresses_of(peer), peer)
         relays.pop(peer, None)
-        stream = await self._race(peer, relays)
+        try:
+            stream = await self._race(peer, relays)
+        except NoRoute:
+            neighbours = dict.fromkeys(self._neighbours(peer), ())
+            if not neighbours:
+                raise
+            stream = await self._race(peer, neighbours, PROTOCOL_VIA)
         local, theirs = socket_ends()
         self._nursery.start_soon(join, stream, local)
         return theirs
 
     async def _race(
-        self, peer: PeerId, relays: Mapping[PeerId, Sequence[str]]
+        self,
+        peer: PeerId,
+        relays: Mapping[PeerId, Sequence[str]],
+        protocol: str = PROTOCOL_HOP,
     ) -> trio.abc.HalfCloseableStream:
         won: list[trio.abc.HalfCloseableStream] = []
         reasons: list[str] = []
@@ -296,8 +337,9 @@ class CircuitService:
             relay: PeerId, scope: trio.CancelScope, over: trio.Event
         ) -> None:
             try:
-                addrs = relays[relay]
-                stream = await self._circuit(relay, addrs, peer, DATA_PREFIX)
+                stream = await self._circuit(
+                    relay, relays[relay], peer, DATA_PREFIX, protocol
+                )
             except FabricError as exc:
                 reasons.append(exc.reason)
                 over.set()

@@ -62,20 +62,23 @@ async def reserve(host: TraversalHost, relay: PeerId) -> HopStatus:
 
 
 async def connect(
-    host: TraversalHost, relay: PeerId, peer: PeerId
+    host: TraversalHost, relay: PeerId, peer: PeerId, protocol: str = PROTOCOL_HOP
 ) -> tuple[trio.abc.Stream, HopStatus]:
     """Return a circuit to ``peer`` through ``relay``, and the relay's OK.
 
     Raises:
         FabricError: the relay is gone, refused, or made no sense.
     """
-    return await _ask(host, relay, HopConnect(peer))
+    return await _ask(host, relay, HopConnect(peer), protocol)
 
 
 async def _ask(
-    host: TraversalHost, relay: PeerId, request: HopMessage
+    host: TraversalHost,
+    relay: PeerId,
+    request: HopMessage,
+    protocol: str = PROTOCOL_HOP,
 ) -> tuple[trio.abc.Stream, HopStatus]:
-    stream = await host.open_stream(relay, PROTOCOL_HOP)
+    stream = await host.open_stream(relay, protocol)
     try:
         await send_bytes(stream, encode_hop(request))
         body = await receive_message_untrusted(stream, MAX_RELAY_MESSAGE_BYTES)

@@ -17,7 +17,8 @@ class RelayConfig(
     """
 
     volunteer: Literal["auto", "always", "never"] = "auto"
-    """"auto" relays while the world reaches us."""
+    """"auto" relays while the world reaches us, and otherwise for members who find no
+    relay and are connected with us; "never" does not even that."""
     reservation_seconds: float = 3600.0
     """Life of a reservation; the client renews it."""
     max_reservations: int = 128
@@ -81,6 +82,8 @@ class CircuitConfig(
     """Pause of a relay that refused or failed once, twice, and so on."""
     connect_seconds: float = 8.0
     """One relay must have made a circuit within this; then the next is tried."""
+    via_after_seconds: float = 1.5
+    """Members that are no relays are asked this long after those that are."""
     hedge_seconds: float = 1.0
     """The next relay is tried beside one that has not answered for this long."""
     first_bytes_seconds: float = 10.0

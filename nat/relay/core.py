@@ -132,7 +132,13 @@ class RelayBook:
         return config.reservation_seconds
 
     def connect(
-        self, source: PeerId, target: PeerId, *, members: bool, now: float
+        self,
+        source: PeerId,
+        target: PeerId,
+        *,
+        members: bool,
+        now: float,
+        reserved: bool = True,
     ) -> Circuit | Refusal:
         """Return a new circuit; give it back with :meth:`release`.
 
@@ -141,9 +147,10 @@ class RelayBook:
             target: Whom it wants to reach.
             members: Whether the gate admits both ends.
             now: Monotonic seconds.
+            reserved: Whether the target must have asked for circuits.
         """
         held = self._held.get(target)
-        if held is None or now >= held.expires_at:
+        if reserved and (held is None or now >= held.expires_at):
             return self.refuse(Status.NO_RESERVATION, "no_reservation")
         if source == target:
             return self.refuse(Status.PERMISSION_DENIED, "to_itself")

@@ -37,6 +37,10 @@ from nat.multiaddr_bytes import decode_multiaddrs_untrusted, encode_multiaddr
 
 PROTOCOL_HOP = "/libp2p/circuit/relay/0.2.0/hop"
 PROTOCOL_STOP = "/libp2p/circuit/relay/0.2.0/stop"
+PROTOCOL_VIA = "/fabric/via/1"
+"""As hop, between members only: CONNECT without a reservation, to whoever is connected
+with a member that need not be public. So two members reach each other through any third
+when no relay is left."""
 MAX_RELAY_MESSAGE_BYTES = 4096
 """Largest message accepted; go-libp2p's bound. 16 addresses and a voucher fit."""
 MAX_ADDRS = 16

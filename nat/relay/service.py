@@ -34,6 +34,7 @@ from nat.relay.messages import (
     MAX_ADDRS,
     MAX_RELAY_MESSAGE_BYTES,
     PROTOCOL_HOP,
+    PROTOCOL_VIA,
     HopConnect,
     HopReserve,
     HopStatus,
@@ -113,6 +114,8 @@ class RelayService:
         """Watch for peers that leave, until cancelled."""
         events = self._host.events()
         self._serve_if_active()
+        if self._config.volunteer != "never":
+            self._host.set_handler(PROTOCOL_VIA, self._serve_via)
         task_status.started()
         while True:
             with trio.move_on_after(SWEEP_SECONDS) as scope:
@@ -126,9 +129,17 @@ class RelayService:
     # one request
 
     async def _serve_hop(self, peer: PeerId, stream: trio.abc.Stream) -> None:
+        await self._serve(peer, stream, reserved=True)
+
+    async def _serve_via(self, peer: PeerId, stream: trio.abc.Stream) -> None:
+        await self._serve(peer, stream, reserved=False)
+
+    async def _serve(
+        self, peer: PeerId, stream: trio.abc.Stream, *, reserved: bool
+    ) -> None:
         """Answer one request; the stream of a CONNECT that succeeds is the circuit."""
         with self._slot(peer) as full:
-            answer = full or await self._decide(peer, stream)
+            answer = full or await self._decide(peer, stream, reserved=reserved)
             if not isinstance(answer, _Opened):
                 await self._answer(stream, answer)
                 return
@@ -152,7 +163,7 @@ class RelayService:
                 del self._pending[peer]
 
     async def _decide(
-        self, peer: PeerId, stream: trio.abc.Stream
+        self, peer: PeerId, stream: trio.abc.Stream, *, reserved: bool
     ) -> HopStatus | Refusal | _Opened:
         try:
             with trio.fail_after(self._config.request_seconds):
@@ -174,7 +185,7 @@ class RelayService:
             case HopReserve():
                 return self._reserve(peer, ip)
             case HopConnect(target):
-                return await self._connect(peer, target)
+                return await self._connect(peer, target, reserved=reserved)
             case HopStatus():
                 return self.book.refuse(Status.UNEXPECTED_MESSAGE, "unexpected")
 
@@ -203,10 +214,19 @@ class RelayService:
             limit=self.book.limit(members=member),
         )
 
-    async def _connect(self, source: PeerId, target: PeerId) -> Refusal | _Opened:
+    async def _connect(
+        self, source: PeerId, target: PeerId, *, reserved: bool
+    ) -> Refusal | _Opened:
         members = self._are_members(source, target)
-        now = trio.current_time()
-        circuit = self.book.connect(source, target, members=members, now=now)
+        if not (reserved or members):
+            return self.book.refuse(Status.PERMISSION_DENIED, "via_for_members")
+        circuit = self.book.connect(
+            source,
+            target,
+            members=members,
+            now=trio.current_time(),
+            reserved=reserved,
+        )
         if isinstance(circuit, Refusal):
             return circuit
         try:

@@ -45,6 +45,7 @@ class Peer:
         self.counters = counters
         self.id = host.peer_id
         self.addresses = {}
+        self.neighbours = ()
         self.announced = ()
         self.sockets, self.arrived = trio.open_memory_channel(64)
         self.relay = self.circuits = None
@@ -97,6 +98,7 @@ async def client(**settings):
             CircuitConfig(**settings),
             made.counters,
             addresses_of=lambda who: made.addresses.get(who, ()),
+            neighbours=lambda who: made.neighbours,
             on_data=made.on_data,
             on_addresses=made.on_addresses,
         )

@@ -81,9 +81,10 @@ async def test_silent_circuits_take_half_of_the_places_at_most_and_not_for_long(
             await stream.aclose()
 
 
-async def test_circuits_come_from_relays_that_we_asked_only():
+async def test_circuits_come_from_members_and_relays_that_we_asked_only():
     async with client() as two, peer() as made:
         liar = LyingRelay(made)
+        two.gate.strangers.add(made.id)
         await made.host.connect(two.id, two.host.addrs())
         claimed = Ed25519Signer.generate().peer_id
         with trio.fail_after(SECONDS):
