@@ -36,8 +36,10 @@ class PunchConfig(
     """After the burst one more each; ten times as many from all peers together."""
     max_accepted_sockets_per_peer: int = 64
     """Punched sockets of one peer handed to the data plane and still open."""
-    retry_seconds: tuple[float, ...] = (5.0, 30.0, 300.0)
-    """Wait after the first, second and every further failure that may pass."""
+    retry_seconds: tuple[float, ...] = (3.0, 6.0, 12.0, 30.0, 300.0)
+    """Wait after the first, second and every further failure that may pass. The first
+    come soon: while everybody joins, a NAT that counts its ports up gives the foretold
+    one to somebody else, and a moment later it does not."""
     bulk_sockets: int = 2
     """Spare punched sockets kept ready for each peer in use; 0 keeps none."""
     max_spares: int = 32

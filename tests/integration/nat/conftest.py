@@ -72,6 +72,9 @@ def show(capsys):
             for row in rows:
                 cells = zip(row, widths, strict=True)
                 print("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+            for result in results:
+                if result.failure:
+                    print(f"{result.one} {result.other}: {result.failure}")
 
     return show
 

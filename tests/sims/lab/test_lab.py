@@ -1,11 +1,14 @@
 """A laboratory with daemons: they start inside, join, answer from outside, end."""
 
+import os
+import signal
 import time
 
+import msgspec
 import pytest
 
-from fabric.core.errors import ConfigError
-from sims.lab.command import row_of, topology_of
+from fabric.core.errors import ConfigError, FabricError, NoRoute
+from sims.lab.command import judge, row_of, show_pairs, stopped_once, topology_of
 from sims.lab.enter import NAMESPACES
 from sims.lab.lab import Lab
 from sims.lab.measure import Pair, PairResult, all_pairs, measure_pairs
@@ -34,6 +37,46 @@ class TestResult:
 
     def test_pairs(self):
         assert all_pairs("abc") == [Pair("a", "b"), Pair("a", "c"), Pair("b", "c")]
+
+
+class TestVerdict:
+    def test_exit_codes_tell_what_fell_short(self):
+        good = result(can_be_direct=False, first_path="relay", path="relay")
+        relayed = result(can_be_direct=True, first_path="relay", path="relay")
+        judge([good, result(can_be_direct=True, first_path="direct", path="direct")])
+        with pytest.raises(FabricError) as info:
+            judge([good, relayed])
+        assert (info.value.code, info.value.exit_code) == ("E_NOT_DIRECT", 1)
+        with pytest.raises(NoRoute) as info:
+            judge([good, relayed, result(can_be_direct=False)])
+        assert info.value.exit_code == 3
+        assert "1 of 3" in info.value.reason
+
+    def test_the_table_ends_with_how_long_it_took(self, capsys):
+        one = result(can_be_direct=False, first_path="relay", path="relay")
+        show_pairs([msgspec.structs.replace(one, first_rpc_seconds=1.5)])
+        said = capsys.readouterr()
+        assert "a b" in said.out
+        assert "1 of 1 pairs can call each other: after 1.5 s in the median" in said.err
+
+
+class TestStopping:
+    def test_the_first_signal_stops_and_the_next_ones_do_not_disturb(self):
+        before = signal.getsignal(signal.SIGTERM)
+        removed = []
+        with pytest.raises(KeyboardInterrupt):
+            self.run(removed)
+        assert removed == ["all"]
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def run(self, removed):
+        with stopped_once():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                removed.append("all")
 
 
 class TestOptions:
