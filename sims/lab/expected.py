@@ -13,14 +13,18 @@ from sims.lab.topology import Behaviour, Filtering, Mapping, NatKind
 def can_be_direct(one: Behaviour, other: Behaviour) -> bool:
     """Return whether peers behind ``one`` and ``other`` can have a TCP connection.
 
-    Sequential mappings count as unpredictable: guessing the next port is a race with
-    everybody else behind that NAT.
+    Sequential mappings count as unpredictable, see :func:`is_a_guess`; an open port of
+    the one's choice (443) reaches public peers only, who listen there.
     """
     return _reaches(one, other) or _reaches(other, one)
 
 
 def is_a_guess(one: Behaviour, other: Behaviour) -> bool:
-    """Return whether port prediction may, but need not, make the pair direct."""
+    """Return whether port prediction makes the pair direct once the NAT is quiet.
+
+    Guessing the next port is a race with everybody else behind that NAT, and with our
+    own connections to others: it is lost while a mesh forms and won soon afterwards.
+    """
     predictable = _with_predicted_ports(one), _with_predicted_ports(other)
     return not can_be_direct(one, other) and can_be_direct(*predictable)
 
@@ -42,11 +46,12 @@ def _reaches(dialler: Behaviour, target: Behaviour) -> bool:
     RST in answer to an early SYN costs a retry, not the connection: it ends the
     attempt, and the mapping it belonged to is made anew by the next SYN.
     """
+    if target.mapping is Mapping.NONE:
+        # also if one port may be dialled only: public hosts listen there for all
+        return True
     if dialler.only_port:
         # whatever was punched or offered has a port of the system's choice
         return False
-    if target.mapping is Mapping.NONE:
-        return True
     if target.only_port:
         # it opens no mapping but towards that one port
         return False

@@ -6,9 +6,10 @@ from itertools import combinations
 
 import pytest
 
-from sims.lab.measure import all_pairs, form_and_measure, measure_pairs
+from sims.lab.measure import DIRECT_PATHS, all_pairs, form_and_measure, measure_pairs
 from sims.lab.namespaces import obstacle
 from sims.lab.topology import NatKind, Site
+from sims.local import wait_until
 from tests.integration.nat.conftest import check
 
 pytestmark = [
@@ -90,6 +91,20 @@ def test_whole_matrix(started, formed, show, piece, killed):
     state = "killed after the join" if killed else "alive"
     show(f"whole matrix, {piece}, all bootstraps {state}", results)
     check(results)
+
+
+@pytest.mark.skipif(not WHOLE, reason="the whole matrix: make soak AREA=nat")
+def test_ports_of_a_sequential_nat_are_foretold_once_it_is_quiet(formed):
+    kinds = (NatKind.CONE, NatKind.CONE_REMAP, NatKind.RST, NatKind.CGNAT)
+    lab, joined = formed(FOUNDER, *VOLUNTEERS, *sites_of(NatKind.SYMMETRIC_SEQ, *kinds))
+    counting, *others = lab.hosts[1 + len(VOLUNTEERS) :]
+    check(measure_pairs(lab, all_pairs(lab.hosts), joined, DOZEN_SECONDS))
+    for other in others:
+        wait_until(
+            lambda other=other: lab.view(counting, other).path in DIRECT_PATHS,
+            WHOLE_SECONDS,
+            f"{counting} and {other} to be direct",
+        )
 
 
 def test_the_pieces_hold_every_pair_of_kinds():

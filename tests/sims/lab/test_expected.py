@@ -25,6 +25,7 @@ KINDS = st.sampled_from(NatKind)
         (K.SYMMETRIC, K.CONE, False),
         (K.SYMMETRIC, K.RST, False),
         (K.SYMMETRIC, K.SYMMETRIC, False),
+        (K.ONLY_443, K.NONE, True),
         (K.ONLY_443, K.CONE, False),
         (K.ONLY_443, K.FULL_CONE, False),
         (K.ONLY_443, K.ONLY_443, False),
