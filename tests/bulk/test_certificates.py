@@ -112,6 +112,7 @@ def test_job_certificate_states_its_job_counter_and_key():
             "not yet",
         ),
     ],
+    ids=["job", "key", "hour", "expired", "early"],
 )
 def test_job_certificate_of_another_job_key_or_time_is_refused(claim, when, error):
     der = forged(ALICE, claim)
