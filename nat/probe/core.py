@@ -167,7 +167,7 @@ class ProbeAllowance:
         if full:
             wait = max(wait, self._recent[0] + 60.0 - now)
         if wait > 0:
-            return wait
+            return min(wait, max(interval, 60.0))  # sums of floats may exceed it
         self._recent.append(now)
         self._last[peer] = now
         self._last.move_to_end(peer)
