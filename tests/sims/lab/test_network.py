@@ -125,7 +125,7 @@ class TestShapes:
             with suppress(TimeoutError):
                 return far.recv(16) == b"first"
 
-        # the question for the neighbour's address may be lost, and is asked once a second
+        # the question for the neighbour may be lost, and is asked once a second
         wait_until(arrives, ANSWER_SECONDS, "a first frame to arrive")
         for number in range(200):
             near.sendto(bytes([number]), wire.address_of(far, "public"))
