@@ -201,7 +201,11 @@ class RouterLab:
 
     @asynccontextmanager
     async def host(self, index, *ports, **settings):
-        """Run ``portmap_host`` in a host; it leaves when the block ends."""
+        """Run ``portmap_host`` in a host; it leaves when the block ends.
+
+        A removal may take long on a busy machine, where each call starts a process.
+        """
+        settings = {"close_seconds": 20.0, **settings}
         process = await trio.lowlevel.open_process(
             ["ip", "netns", "exec", self.name(f"h{index}"), sys.executable]
             + ["-m", "tests.nat.portmap.portmap_host", "--config", json.dumps(settings)]

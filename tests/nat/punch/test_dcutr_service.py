@@ -121,7 +121,7 @@ async def test_nobody_punches_before_both_know_their_address(late):
         await until(lambda: "how" in two.service.reason(one.peer))
         assert one.kinds(two) == ["relay"]
         end.settled = True
-        await until(lambda: one.kinds(two)[0] != "relay", seconds=4)
+        await until(lambda: one.kinds(two)[0] != "relay", seconds=20)
         nursery.cancel_scope.cancel()
 
 
