@@ -6,6 +6,8 @@ the listener for what comes back must all have the same one (SO_REUSEPORT).
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import socket
 from collections.abc import Sequence
@@ -23,7 +25,6 @@ from nat.punch.facts import Address, NatFacts, learn_mapping
 _MAX_ANSWER_BYTES = 64
 _LISTEN_BACKLOG = 16
 _MAX_LOCAL = 4
-_ORDER_SECONDS = 0.001
 _RESERVE_AFTER_SECONDS = 0.2
 _SECOND_OPINION_SECONDS = 0.4
 
@@ -34,16 +35,21 @@ def bound_socket(family: int, port: int) -> trio.socket.SocketType:
     Raises:
         OSError: the port is taken by somebody who does not share.
     """
+    return trio.socket.from_stdlib_socket(_bound(family, port))
+
+
+def _bound(family: int, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        sock.setblocking(False)
         share(sock)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))
-        return trio.socket.from_stdlib_socket(sock)
     except BaseException:
         sock.close()
         raise
+    return sock
 
 
 def family_of(ip: str) -> int:
@@ -102,11 +108,18 @@ class PunchPort:
         enough = 1 if known.mapping == "endpoint_independent" else 2
         chosen = choose_observers(observers, enough + 1)
         answers: dict[int, Address] = {}
+        # consecutive mappings are compared, so the SYNs leave in a known order: here
+        # and now, for tasks that are due together run in any
+        begun = [self._begin(target) for target in chosen[:enough]]
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as nursery:
-                for index, target in enumerate(chosen):
+                for index, sock in enumerate(begun):
                     nursery.start_soon(
-                        self._ask_into, answers, index, target, enough, nursery
+                        self._ask_into, answers, index, sock, enough, nursery
+                    )
+                for target in chosen[enough:]:
+                    nursery.start_soon(
+                        self._ask_reserve, answers, target, enough, nursery
                     )
         seen = tuple(answers[index] for index in sorted(answers))[:enough]
         ips = dict.fromkeys((*self._local_ips, *local_ips))
@@ -117,21 +130,31 @@ class PunchPort:
             facts=learn_mapping(seen, known),
         )
 
-    async def _ask_into(
+    async def _ask_reserve(
         self,
         answers: dict[int, Address],
-        index: int,
         target: Address,
         enough: int,
         nursery: trio.Nursery,
     ) -> None:
+        """Ask the observer in reserve, when the others are slow."""
+        await trio.sleep(_RESERVE_AFTER_SECONDS)
+        begun = self._begin(target)
+        await self._ask_into(answers, enough, begun, enough, nursery)
+
+    async def _ask_into(
+        self,
+        answers: dict[int, Address],
+        index: int,
+        begun: trio.socket.SocketType | None,
+        enough: int,
+        nursery: trio.Nursery,
+    ) -> None:
         """Ask one observer; the last needed answer ends the others."""
-        # consecutive mappings are compared, so the SYNs leave in a known order; the
-        # one in reserve is asked only when the others are slow
-        late = index >= enough
-        await trio.sleep(_RESERVE_AFTER_SECONDS if late else _ORDER_SECONDS * index)
+        if begun is None:
+            return
         try:
-            answers[index] = await self._ask(target)
+            answers[index] = await self._ask(begun)
         except (OSError, Unavailable, RemoteProtocolError):
             return
         if len(answers) >= enough:
@@ -140,10 +163,21 @@ class PunchPort:
         until = trio.current_time() + _SECOND_OPINION_SECONDS
         nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, until)
 
-    async def _ask(self, target: Address) -> Address:
-        sock = bound_socket(family_of(target[0]), self.number)
+    def _begin(self, target: Address) -> trio.socket.SocketType | None:
+        """Send a SYN to ``target`` before returning; None if that is not possible."""
+        try:
+            plain = _bound(family_of(target[0]), self.number)
+        except OSError:
+            return None
+        code = plain.connect_ex(target)
+        sock = trio.socket.from_stdlib_socket(plain)
         self._observers.append(sock)
-        await sock.connect(target)
+        return sock if code in (0, errno.EINPROGRESS) else None
+
+    async def _ask(self, sock: trio.socket.SocketType) -> Address:
+        await trio.lowlevel.wait_writable(sock)
+        if failed := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(failed, os.strerror(failed))
         self._local_ips.append(str(sock.getsockname()[0]))
         await sock.send(OBSERVE_LABEL)  # 16 bytes fit an empty buffer
         reader = FrameReader(max_bytes=_MAX_ANSWER_BYTES)
