@@ -191,7 +191,8 @@ class Mesh5(RuleBasedStateMachine):
     @rule(to=WHO)
     def grant_late(self, to) -> None:
         late = self.peers[LATE].signer
-        grant = self.world.grant(self.world.owner, late, Role.WORKER)
+        at = self.peers[to].now
+        grant = self.world.grant(self.world.owner, late, Role.WORKER, at=at)
         self.peers[to].take([grant.raw])
         self.peers[to].flush()  # its author waited for this
         self.granted = True
@@ -208,6 +209,7 @@ class Mesh5(RuleBasedStateMachine):
             self.world.admin,
             REVOCATION_PREFIX + culprit.peer_id,
             Revocation(cut, "", kept),
+            at=self.peers[by].now,  # ours are never held as from the future
         )
         self.peers[by].take([revocation.raw])
         self.peers[by].flush()
