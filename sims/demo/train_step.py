@@ -24,14 +24,15 @@ from sims.demo.view import DemoView
 from sims.local import LocalMesh
 
 ROUNDS = 48
-INNER_STEPS = 10
-BATCH = 2
+INNER_STEPS = 20
+BATCH = 1
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 20
 OUTER_LEARNING_RATE = 1.0
 OUTER_MOMENTUM = 0.1
-"""Found by a search over 20 settings at 492 k tokens: with few, short rounds a large
-momentum overshoots."""
+"""Found by a search over 25 settings at 492 k tokens: with few, short rounds a large
+momentum overshoots, and twice the steps of half the batch halve the gap to the single
+process, which has four times a peer's steps."""
 
 
 @dataclass

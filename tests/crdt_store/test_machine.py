@@ -71,9 +71,11 @@ class Peer:
         self.replica.restore(self.disk.load(), self.now)
         self.newest: dict[tuple, int] = {}  # by slot, of entries seen since the start
 
-    def flush(self) -> None:
+    def flush(self, *own: Entry) -> None:
+        """One transaction, as the committer's: with what is ours goes its authority."""
         changes = self.replica.take_changes()
-        self.disk.write(tuple(changes.upserts.values()), tuple(changes.deletes))
+        upserts = changes.upserts | {entry.slot: entry for entry in own}
+        self.disk.write(tuple(upserts.values()), tuple(changes.deletes))
 
     def put(self, key: str, value: bytes, ttl: int, crash: str) -> Entry | None:
         """Return the acknowledged entry, or None."""
@@ -90,7 +92,7 @@ class Peer:
         if crash == "signed":
             self.restart()
             return None
-        self.disk.write([entry], [])
+        self.flush(entry)
         if crash == "written":
             self.restart()
         else:
