@@ -8,7 +8,7 @@ a small cache, hashed, and copied from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,12 @@ from typing import Self
 from checkpoints.boxes import Box, flat_boxes, inside, intersect, runs, whole
 from checkpoints.directories import disk_errors, locate
 from checkpoints.dtypes import item_bytes, tensor_bytes
+from checkpoints.formats.source import Ignored
 from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    Json,
     Manifest,
     TensorEntry,
     root_of,
@@ -43,6 +45,9 @@ class CheckpointReader:
         ConfigError: there is no checkpoint.
         IntegrityError: the manifest is damaged, or has another root.
     """
+
+    format = "canonical"
+    ignored: Sequence[Ignored] = ()
 
     def __init__(self, path: Path, *, root: str = "") -> None:
         location = locate(path)
@@ -76,6 +81,20 @@ class CheckpointReader:
         """Close the files."""
         self._files.clear()
         self._closing.close()
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Name -> name of the stored tensor it is tied to."""
+        return self.manifest.aliases
+
+    @property
+    def state(self) -> Mapping[str, Json]:
+        """Everything that is not a tensor."""
+        return self.manifest.state
+
+    def boxes(self, name: str) -> Sequence[Box]:
+        """Return the boxes in which a tensor is stored."""
+        return [chunk.box for chunk in self.entry(name).chunks]
 
     def names(self) -> list[str]:
         """Return the names of all tensors and aliases, sorted."""

@@ -1,0 +1,342 @@
+"""A source whose index said where each element lies: the reader of foreign formats.
+
+Foreign files carry no hash of their content that we could check, so what can be checked
+is checked when the source is opened: the extents of a tensor tile it exactly, and each
+lies inside a regular file of its directory. Missing and truncated files are refused
+here, before a byte is written anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import prod
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from checkpoints.boxes import (
+    Box,
+    Index,
+    Run,
+    flat_boxes,
+    inside,
+    intersect,
+    runs,
+    strides_of,
+    tiling_fault,
+)
+from checkpoints.dtypes import item_bytes, tensor_bytes
+from checkpoints.formats.source import Ignored
+from checkpoints.hashed_file import Buffer
+from checkpoints.manifest import Json
+from checkpoints.parts import WINDOW_BYTES
+from fabric.core.errors import ConfigError, IntegrityError
+
+MAX_OPEN_FILES = 64
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """Where one box of a tensor is stored.
+
+    Attributes:
+        box: The elements, in the tensor's coordinates.
+        file: Path relative to the source's directory, with forward slashes.
+        begin: Byte of the box's first element in the file.
+        strides: Elements from one index to the next in each dimension, as they lie in
+            the file; None if the box is stored row-major without gaps.
+    """
+
+    box: Box
+    file: str
+    begin: int
+    strides: Index | None = None
+
+    def span(self) -> int:
+        """Return how many elements lie between the first and the end of the last."""
+        if self.strides is None:
+            return self.box.volume
+        steps = zip(self.box.sizes, self.strides, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+class StoredTensor(msgspec.Struct, frozen=True):
+    """A tensor and the extents that tile it (none if it has no element)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+
+class ExtentSource:
+    """See :class:`checkpoints.formats.source.Source`.
+
+    Args:
+        format_name: Name in the registry.
+        path: What the user named: a file, or a directory.
+        base: Directory that the extents' files are relative to.
+        tensors: By canonical name.
+        aliases: Name -> stored name.
+        state: Everything that is not a tensor.
+        ignored: What is not carried over.
+
+    Raises:
+        IntegrityError: extents that do not tile their tensor (``E_GAP``,
+            ``E_OVERLAP``), a file that is missing (``E_MISSING_FILE``), too short
+            (``E_SIZE``) or outside the directory (``E_PATH``).
+    """
+
+    def __init__(
+        self,
+        format_name: str,
+        path: Path,
+        base: Path,
+        tensors: Mapping[str, StoredTensor],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        state: Mapping[str, Json] | None = None,
+        ignored: Sequence[Ignored] = (),
+    ) -> None:
+        self.format = format_name
+        self.path = path
+        self.aliases: Mapping[str, str] = dict(aliases or {})
+        self.state: Mapping[str, Json] = dict(state or {})
+        self.ignored: Sequence[Ignored] = tuple(ignored)
+        self._base = base
+        self._tensors = dict(tensors)
+        self._open: OrderedDict[str, int] = OrderedDict()
+        for alias, target in self.aliases.items():
+            if alias in self._tensors or target not in self._tensors:
+                raise IntegrityError(f"alias {alias!r} of {target!r}", code="E_ALIAS")
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors and aliases, sorted."""
+        return sorted([*self._tensors, *self.aliases])
+
+    def entry(self, name: str) -> StoredTensor:
+        """Return a tensor, or an alias's target.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        entry = self._tensors.get(self.aliases.get(name, name))
+        if entry is None:
+            raise ConfigError(
+                f"no tensor {name!r} in {self.path}",
+                code="E_NO_TENSOR",
+                next_step="`fabric-ckpt inspect` lists the names",
+            )
+        return entry
+
+    def boxes(self, name: str) -> Sequence[Box]:
+        """Return the boxes in which a tensor is stored."""
+        return [extent.box for extent in self.entry(name).extents]
+
+    def read_box(
+        self,
+        name: str,
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        out: bytearray | memoryview,
+        *,
+        dtype: str = "",
+    ) -> None:
+        """Fill ``out`` with one box of a tensor; see ``Source.read_box``."""
+        entry = self.entry(name)
+        if dtype and dtype != entry.dtype:
+            raise ConfigError(
+                f"{name!r} is {entry.dtype}, wanted {dtype}",
+                code="E_DTYPE",
+                next_step="read it as stored and convert it yourself",
+            )
+        box = Box(tuple(offsets), tuple(sizes))
+        if not inside(box, entry.shape):
+            raise ConfigError(
+                f"{name!r}: {box} outside shape {list(entry.shape)}", code="E_BOUNDS"
+            )
+        view = memoryview(out).cast("B")
+        if len(view) != tensor_bytes(entry.dtype, box.sizes):
+            raise ValueError(f"{name!r}: buffer of {len(view)} B for {box}")
+        if view:
+            self._fill(entry, box, view)
+
+    def windows(self, name: str, window_bytes: int = WINDOW_BYTES) -> Iterator[Buffer]:
+        """Yield a tensor's bytes in row-major order; each buffer is overwritten."""
+        entry = self.entry(name)
+        item = item_bytes(entry.dtype)
+        total = prod(entry.shape)
+        step = max(1, window_bytes // item)
+        view = memoryview(bytearray(min(step, total) * item))
+        for begin in range(0, total, step):
+            at = 0
+            for box in flat_boxes(entry.shape, begin, min(begin + step, total)):
+                stop = at + box.volume * item
+                self._fill(entry, box, view[at:stop])
+                at = stop
+            yield view[:at]
+
+    def _fill(self, entry: StoredTensor, box: Box, out: memoryview) -> None:
+        item = item_bytes(entry.dtype)
+        filled = 0
+        for extent in entry.extents:
+            part = intersect(extent.box, box)
+            if part is None:
+                continue
+            for run in _runs(part, extent, box):
+                at, length = run.target * item, run.length * item
+                view = out[at : at + length]
+                self._read(extent.file, extent.begin + run.source * item, view)
+                filled += length
+        assert filled == len(out)  # the extents tile the tensor: checked when opened
+
+    def _read(self, file: str, begin: int, out: memoryview) -> None:
+        fd = self._descriptor(file)
+        at = 0
+        while at < len(out):
+            try:
+                count = os.preadv(fd, [out[at:]], begin + at)
+            except OSError as exc:
+                raise IntegrityError(
+                    f"{file}: byte {begin + at}: {exc.strerror}", code="E_READ"
+                ) from exc
+            if count == 0:
+                raise IntegrityError(f"{file}: ends at {begin + at}", code="E_SIZE")
+            at += count
+
+    def _descriptor(self, file: str) -> int:
+        """Return an open descriptor; of many files, those used last stay open."""
+        fd = self._open.get(file)
+        if fd is not None:
+            self._open.move_to_end(file)
+            return fd
+        fd = self._open[file] = open_regular(self._base, file)
+        if len(self._open) > MAX_OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        return fd
+
+    def _check(self) -> None:
+        sizes: dict[str, int] = {}
+        for name, entry in self._tensors.items():
+            _check_tiling(name, entry)
+            item = item_bytes(entry.dtype)
+            for extent in entry.extents:
+                if extent.file not in sizes:
+                    fd = self._descriptor(extent.file)
+                    sizes[extent.file] = os.fstat(fd).st_size
+                end = extent.begin + extent.span() * item
+                if extent.begin < 0 or end > sizes[extent.file]:
+                    raise IntegrityError(
+                        f"{extent.file}: {sizes[extent.file]} B, but {name!r} is said "
+                        f"to lie at {extent.begin}..{end}",
+                        code="E_SIZE",
+                        next_step="the file was cut or is another save's: fetch it "
+                        "again, or use another copy",
+                    )
+
+
+def open_regular(base: Path, file: str) -> int:
+    """Return a descriptor of the regular file ``file`` under ``base``.
+
+    A symbolic link to a file is followed (download caches are made of them); a name
+    that climbs out of the directory is refused.
+
+    Raises:
+        IntegrityError: ``E_PATH``, ``E_MISSING_FILE``.
+    """
+    parts = PurePosixPath(file).parts
+    if not parts or file.startswith("/") or ".." in parts or "\0" in file:
+        raise IntegrityError(
+            f"file name {file[:200]!r} leaves the checkpoint's directory",
+            code="E_PATH",
+            next_step="do not use this checkpoint: its index is damaged or hostile",
+        )
+    path = base.joinpath(*parts)
+    try:
+        # O_NONBLOCK: a FIFO in the file's place must not hang us
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise IntegrityError(
+            f"{path}: {exc.strerror}",
+            code="E_MISSING_FILE",
+            next_step="the checkpoint is not whole: fetch the file, or use another",
+        ) from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IntegrityError(f"{path} is no regular file", code="E_MISSING_FILE")
+    return fd
+
+
+def _check_tiling(name: str, entry: StoredTensor) -> None:
+    boxes = [extent.box for extent in entry.extents]
+    if not all(inside(box, entry.shape) and box.volume for box in boxes):
+        raise IntegrityError(
+            f"{name!r}: a part outside shape {list(entry.shape)}", code="E_BOUNDS"
+        )
+    fault = tiling_fault(entry.shape, boxes)
+    if fault is not None:
+        gap = fault.covered == 0
+        raise IntegrityError(
+            f"{name!r}: element {list(fault.at)} is stored {fault.covered} times",
+            code="E_GAP" if gap else "E_OVERLAP",
+            next_step="a rank's file is missing: fetch it"
+            if gap
+            else "files of two saves are mixed: use another copy",
+        )
+    for extent in entry.extents:
+        if extent.strides is not None and (
+            len(extent.strides) != len(entry.shape)
+            or min(extent.strides, default=0) < 0
+        ):
+            raise IntegrityError(f"{name!r}: strides {extent.strides}", code="E_BOUNDS")
+
+
+def _runs(part: Box, extent: Extent, target: Box) -> Iterator[Run]:
+    """Yield the runs of ``part`` from where the extent lies into ``target``."""
+    if extent.strides is None or extent.strides == strides_of(extent.box.sizes):
+        yield from runs(part, extent.box, target)
+        return
+    inner = extent.strides[-1] == 1 if extent.strides else True
+    rows = part.sizes[:-1] if inner else part.sizes
+    length = part.sizes[-1] if inner and part.sizes else 1
+    first = [
+        at - base for at, base in zip(part.offsets, extent.box.offsets, strict=True)
+    ]
+    into = [at - base for at, base in zip(part.offsets, target.offsets, strict=True)]
+    strides = strides_of(target.sizes)
+    for index in product(*map(range, rows)):
+        padded = (*index, *(0,) * (len(first) - len(index)))
+        source = sum(
+            (at + step) * stride
+            for at, step, stride in zip(first, padded, extent.strides, strict=True)
+        )
+        place = sum(
+            (at + step) * stride
+            for at, step, stride in zip(into, padded, strides, strict=True)
+        )
+        yield Run(source, place, length)
