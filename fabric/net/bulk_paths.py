@@ -69,7 +69,11 @@ class BulkService:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # what still arrives is refused: the nursery is about to take no more
+                self._nursery = None
 
     def serve_bulk(self, service: str, handler: BulkHandler) -> None:
         """Run ``handler`` in a thread for each inbound connection to ``service``.
