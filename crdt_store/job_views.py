@@ -18,6 +18,9 @@ from fabric.core.digest import hex_digest
 from fabric.core.ids import JobId, PeerId, public_key_of
 
 JOB_TTL_SECONDS = 7 * DAY_SECONDS
+OVER_TTL_SECONDS = 30 * DAY_SECONDS
+"""That a job is over outlives its spec by weeks: a peer that was away must not bring
+the job back to life."""
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 _RANK: dict[State, int] = {
@@ -118,19 +121,41 @@ class Jobs(View):
         """Return everyone who published the spec."""
         return frozenset(entry.peer for entry in self._specs(job))
 
-    async def put_status(self, job: JobId, status: JobStatus) -> None:
-        """Publish how ``job`` stands; does nothing if we said something greater."""
+    def spec_until(self, job: JobId) -> float:
+        """Return the wall seconds until which somebody's spec stands; 0: none does."""
+        return max((entry.expires_at for entry in self._specs(job)), default=0.0)
+
+    async def put_status(
+        self, job: JobId, status: JobStatus, *, again: bool = False
+    ) -> None:
+        """Publish how ``job`` stands; does nothing if we said something greater.
+
+        Nor if we said the same, unless it is to stand longer and so said ``again``.
+        """
         key = f"j/{segment(job)}/st"
         held = _STATUS.read(self._slots.get((key, public_key_of(self._me))))
-        if held is not None and (status == held or held._order > status._order):
+        same = status == held and not again
+        if held is not None and (same or held._order > status._order):
             return
-        await self._put(key, _STATUS.encode(status), JOB_TTL_SECONDS)
+        ttl = OVER_TTL_SECONDS if status.final else JOB_TTL_SECONDS
+        await self._put(key, _STATUS.encode(status), ttl)
 
     def status(self, job: JobId) -> JobStatus | None:
         """Return the greatest status anybody authorised published."""
+        found = self._greatest(job)
+        return None if found is None else found[1]
+
+    def status_until(self, job: JobId) -> float:
+        """Return the wall seconds until which :meth:`status` stands; 0: none."""
+        found = self._greatest(job)
+        return 0.0 if found is None else found[0].expires_at
+
+    def _greatest(self, job: JobId) -> tuple[Entry, JobStatus] | None:
         read = ((e, _STATUS.read(e)) for e in self._slots.at(f"j/{job}/st"))
-        found = [(s._order, e.order, s) for e, s in read if s is not None]
-        return max(found, key=lambda item: item[:2])[2] if found else None
+        found = [(e, s) for e, s in read if s is not None]
+        return max(
+            found, key=lambda pair: (pair[1]._order, pair[0].order), default=None
+        )
 
     def all(self) -> dict[JobId, JobRow]:
         """Return every job known."""
@@ -154,6 +179,11 @@ class Assignments(View):
         """
         value = _ASSIGNMENT.encode(Assignment(counter, generation))
         await self._put(f"a/{segment(job)}/main", value, JOB_TTL_SECONDS)
+
+    def held_until(self, job: JobId) -> float:
+        """Return the wall seconds until which our own stands; 0: there is none."""
+        held = self._slots.get((f"a/{job}/main", public_key_of(self._me)))
+        return 0.0 if held is None else held.expires_at
 
     def get(self, job: JobId) -> Assignment | None:
         """Return the one with the greatest counter, then the latest."""

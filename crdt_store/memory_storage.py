@@ -49,6 +49,11 @@ class MemoryStorage:
         check_promise(job, counter, held.counter if held else None)
         self._promises[job] = Promise(counter, digest(blob), blob)
 
+    def forget_promises(self, jobs: frozenset[str]) -> None:
+        """Hold nothing of ``jobs``."""
+        for job in jobs:
+            self._promises.pop(job, None)
+
     def load_promises(self) -> dict[str, Promise]:
         """Return the promises by job."""
         return dict(self._promises)

@@ -30,12 +30,12 @@ from crdt_store.job_views import Assignments, Jobs
 from crdt_store.link_views import Links
 from crdt_store.liveness.service import make_liveness
 from crdt_store.membership import Membership
+from crdt_store.promise_service import Promises
 from crdt_store.replica import Replica
-from crdt_store.storage import Promise, SqliteStorage, Storage, lock_data_folder
+from crdt_store.storage import SqliteStorage, Storage, lock_data_folder
 from crdt_store.sync_service import Reconciler, SyncReport
 from crdt_store.views import Heads, Members, Placements, Verdicts
 from crdt_store.watch_service import Watchers
-from fabric.core.digest import digest
 from fabric.core.errors import (
     ConfigError,
     FabricError,
@@ -65,6 +65,7 @@ class Store:
         liveness: Who is there now; from probes, never stored.
         members, jobs, assignments, heads, placements, links, verdicts: Typed tables.
         documents: Written by several, such as a job's board.
+        promises: Of the job protocol; on this disk alone.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Store:
             num_members=lambda: len(self.authority.members()),
             on_synced=self._intake.synced,
         )
-        self._promises = storage.load_promises()
+        self.promises = Promises(storage, self._disk)
         self._places = trio.CapacityLimiter(config.max_pending_puts)
         self._later, self._to_put = trio.open_memory_channel[tuple[str, bytes, int]](
             _MAX_LATER
@@ -256,6 +257,10 @@ class Store:
         """Return a hash that is equal on replicas that offer the same entries."""
         return self._replica.state_hash()
 
+    def num_entries(self) -> int:
+        """Return how many entries are held."""
+        return len(self._replica.slots)
+
     # --- authority
 
     def authority_entries(self) -> list[bytes]:
@@ -272,22 +277,6 @@ class Store:
             if entry.key.endswith(f"/{me}")
         ]
         return [entry.raw for entry in [*slots.at(GRANT_PREFIX + me), *redeemed]]
-
-    # --- promises of the job protocol
-
-    async def save_promise(self, job: str, counter: int, blob: bytes) -> None:
-        """Return when the promise is on disk with a full sync.
-
-        Raises:
-            LocalProtocolError: a higher counter is promised for ``job``.
-            ResourceExhausted: the disk is full; nothing was promised.
-        """
-        await self._disk.run(self._storage.save_promise, job, counter, blob)
-        self._promises[job] = Promise(counter, digest(blob), blob)
-
-    def load_promises(self) -> dict[str, Promise]:
-        """Return the promises on disk, by job."""
-        return dict(self._promises)
 
     # --- tasks
 

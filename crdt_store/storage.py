@@ -105,6 +105,10 @@ class Storage(Protocol):
         """
         ...
 
+    def forget_promises(self, jobs: frozenset[str]) -> None:
+        """Hold nothing of ``jobs``, whatever was promised."""
+        ...
+
     def load_promises(self) -> dict[str, Promise]:
         """Return the promises by job."""
         ...
@@ -321,6 +325,12 @@ class SqliteStorage:
                 "INSERT OR REPLACE INTO promise VALUES (?, ?, ?, ?)",
                 (job, counter, digest(blob), blob),
             )
+
+    def forget_promises(self, jobs: frozenset[str]) -> None:
+        """Hold nothing of ``jobs`` (FULL sync)."""
+        with self._transaction(self._durable) as db:
+            rows = [(job,) for job in jobs]
+            db.executemany("DELETE FROM promise WHERE job = ?", rows)
 
     def load_promises(self) -> dict[str, Promise]:
         """Return the promises by job.

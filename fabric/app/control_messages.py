@@ -272,7 +272,12 @@ class PeerView(msgspec.Struct, frozen=True):
 
 
 class StatusView(msgspec.Struct, frozen=True):
-    """What ``fabric status`` shows."""
+    """What ``fabric status`` shows.
+
+    Attributes:
+        state_hash: Equal on peers that hold the same replicated state.
+        entries: How many entries that state has.
+    """
 
     peer: str
     name: str
@@ -284,6 +289,8 @@ class StatusView(msgspec.Struct, frozen=True):
     addrs: tuple[str, ...]
     peers: tuple[PeerView, ...]
     counters: dict[str, int]
+    state_hash: str = ""
+    entries: int = 0
 
 
 class JobRow(msgspec.Struct, frozen=True):

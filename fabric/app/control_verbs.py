@@ -157,6 +157,8 @@ class ControlVerbs:
             addrs=session.host.addrs() if session else (),
             peers=peer_rows(session) if session else (),
             counters=node.counters.snapshot(),
+            state_hash=session.store.state_hash() if session else "",
+            entries=session.store.num_entries() if session else 0,
         )
 
     def _job(self, start: str) -> JobId:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated
 
 import msgspec
 import trio
 
+from crdt_store.job_views import JOB_TTL_SECONDS
 from crdt_store.job_views import JobStatus as StatusSlot
 from crdt_store.service import Store
 from crdt_store.views import Watch
@@ -16,6 +18,8 @@ from fabric.core.codec import Codec
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.messages import Setting
+from fabric.jobs.ports import Left
+from fabric.jobs.retirement_service import CLOSED
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import STATUS, JobStatus
 
@@ -31,10 +35,15 @@ _HINT: Codec[AssignmentHint] = Codec(AssignmentHint, max_bytes=256)
 
 
 class ReplicatedJobStore:
-    """Implements :class:`fabric.jobs.ports.JobStore`."""
+    """Implements :class:`fabric.jobs.ports.JobStore`.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    Args:
+        store: The tables.
+        clock: Wall seconds, as the store's.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._clock = store, clock
         self._jobs = store.jobs.watch()
         self._assignments = store.assignments.watch()
         self._documents = store.documents.watch()
@@ -68,19 +77,31 @@ class ReplicatedJobStore:
         """Return what authorised people set on the job's board."""
         return board_of(self._store, job, spec).settings
 
+    def left(self, job: JobId) -> Left:
+        """Return for how long the slots of ``job`` still stand, whoever wrote them."""
+        held = (
+            self._store.jobs.spec_until(job),
+            self._store.assignments.held_until(job),
+            self._store.jobs.status_until(job),
+        )
+        now = self._clock()
+        return Left(*(max(0.0, until - now) / JOB_TTL_SECONDS for until in held))
+
     async def put_spec(self, job: JobId, spec: bytes) -> None:
-        """Publish a spec."""
+        """Publish a spec, ours or the same bytes again."""
         await self._store.jobs.put_spec(job, spec)
 
-    async def put_status(self, job: JobId, status: JobStatus) -> None:
-        """Publish how ``job`` stands."""
+    async def put_status(
+        self, job: JobId, status: JobStatus, *, again: bool = False
+    ) -> None:
+        """Publish how ``job`` stands; ``again`` also if we said the same."""
         slot = StatusSlot(
             state=status.state.value,
             counter=status.counter,
             coordinator=status.coordinator or "",
             detail=STATUS.encode(status),
         )
-        await self._store.jobs.put_status(job, slot)
+        await self._store.jobs.put_status(job, slot, again=again)
 
     async def put_assignment(
         self, job: JobId, counter: int, coordinator: PeerId, participants: int
@@ -91,12 +112,26 @@ class ReplicatedJobStore:
 
     def promise(self, job: JobId) -> bytes | None:
         """Return what :meth:`save_promise` stored last."""
-        promise = self._store.load_promises().get(job)
+        promise = self._store.promises.get(job)
         return None if promise is None else promise.blob
 
     async def save_promise(self, job: JobId, counter: int, blob: bytes) -> None:
         """Return when ``blob`` is on disk with a full sync."""
-        await self._store.save_promise(job, counter, blob)
+        await self._store.promises.save(job, counter, blob)
+
+    def promised(self) -> Collection[JobId]:
+        """Return the jobs about which something is stored."""
+        return [JobId(job) for job in self._store.promises.all()]
+
+    async def close_promise(self, job: JobId) -> None:
+        """Keep no more than that ``job`` is over here."""
+        held = self._store.promises.get(job)
+        if held is not None:
+            await self._store.promises.save(job, held.counter, CLOSED)
+
+    async def forget_promises(self, jobs: frozenset[JobId]) -> None:
+        """Keep nothing of ``jobs``."""
+        await self._store.promises.forget(jobs)
 
     async def changed(self) -> None:
         """Return once a job, an assignment or a board changed since the last return."""

@@ -16,9 +16,13 @@ class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Longest a worker may take to write a checkpoint."""
     status_period_seconds: float = 60.0
     """How often the coordinator looks whether its job's status slot is still right."""
-    progress_seconds: float = 7200.0
+    progress_seconds: float = 9000.0
     """Numbers alone are written again after this time divided by the participants: the
-    share of half a write per peer and hour that is a running job's. Whoever wants them
-    sooner asks the coordinator."""
+    share of 2/5 of a write per peer and hour that is a running job's. Whoever wants
+    them sooner asks the coordinator."""
     refresh_seconds: float = 5.0
     """Replicated specs are looked through at least this often."""
+    retire_seconds: float = 60.0
+    """How often what is kept of jobs that are over is looked through."""
+    max_ended: int = 64
+    """Jobs that ended here whose events are kept, the last to end."""

@@ -8,7 +8,6 @@ before anything else), then let the answers out and start the sends.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,14 +37,13 @@ from fabric.jobs.effects import (
     SaveState,
 )
 from fabric.jobs.event_log import EventLog
-from fabric.jobs.messages import CODEC, Generation, JobMessage
+from fabric.jobs.messages import CODEC, JobMessage
 from fabric.jobs.ports import JobStore, OnCheckpoint
 from fabric.jobs.promises import RECORD
+from fabric.jobs.publisher_service import Publisher
 from fabric.jobs.runner import RunnerEvent, RunnerFailed
 from fabric.jobs.runner_service import Command, RunnerHost
 from fabric.jobs.seat import Seat
-from fabric.jobs.states import JobStatus
-from fabric.jobs.views import is_news, status_of
 from fabric.net.rpc_api import Rpc
 
 logger = logging.getLogger(__name__)
@@ -139,11 +137,7 @@ class JobTask:
         self._wall_clock, self._counters = wall_clock, counters
         self._send_input, self._inputs = trio.open_memory_channel[Input](INBOX)
         self._waiting: list[Asked | Order] = []
-        self._published: JobStatus | None = None
-        self._published_at = 0.0
-        # 64: statuses are written far less often than this drains
-        self._to_publish: deque[Publish] = deque(maxlen=64)
-        self._publish_wanted = trio.Event()
+        self._publisher = Publisher(seat, store, config)
 
     # -- for others
 
@@ -182,7 +176,7 @@ class JobTask:
         """Own the seat until the job is over and told, or our disk refuses."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._publish)
+                nursery.start_soon(self._publisher.run)
                 await self._serve(nursery)
                 nursery.cancel_scope.cancel()
         finally:
@@ -221,7 +215,7 @@ class JobTask:
                 except trio.WouldBlock:
                     break
         await self._turn(nursery)
-        await self._write_status(None)
+        await self._publisher.write(None)
 
     def _take(self, item: Input) -> None:
         now = trio.current_time()
@@ -291,8 +285,7 @@ class JobTask:
     def _note(self, effect: Publish | Recorded | Diverged | Ended) -> None:
         match effect:
             case Publish():
-                self._to_publish.append(effect)
-                self._publish_wanted.set()
+                self._publisher.want(effect)
             case Recorded(kind, peer, facts):
                 self._record(kind, peer, facts)
             case Diverged(num_peers):
@@ -356,38 +349,3 @@ class JobTask:
             reason = f"no checkpoint in {self._config.save_timeout_seconds:.0f} s"
         act_at = (root, reason)
         await self.order(lambda seat, now: seat.saved(*act_at, now))
-
-    # -- replicated status
-
-    async def _publish(self) -> None:
-        """Write what the coordinator knows to its slots, at a gentle rate."""
-        while True:
-            with trio.move_on_after(self._config.status_period_seconds):
-                await self._publish_wanted.wait()
-            self._publish_wanted = trio.Event()
-            while self._to_publish:
-                await self._write_status(self._to_publish.popleft().generation)
-            if self.seat.coordinates:
-                await self._write_status(None)
-
-    async def _write_status(self, generation: Generation | None) -> None:
-        seat, now = self.seat, trio.current_time()
-        if seat.committed.coordinator != seat.me:
-            return
-        status = status_of(seat, now)
-        share = self._config.progress_seconds / len(seat.committed.participants)
-        late = now - self._published_at >= share
-        if generation is None and not is_news(status, self._published, late=late):
-            return
-        self._published, self._published_at = status, now
-        try:
-            if generation is not None:
-                await self._store.put_assignment(
-                    seat.job,
-                    generation.counter,
-                    generation.coordinator,
-                    len(generation.participants),
-                )
-            await self._store.put_status(seat.job, status)
-        except FabricError as exc:
-            logger.warning("job.status job=%s %s", seat.job[:8], exc.reason)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -12,6 +12,14 @@ from fabric.core.ids import JobId, PeerId
 from fabric.jobs.messages import Setting
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import JobStatus
+
+
+class Left(NamedTuple):
+    """What is left of the lifetime of a job's slots, as shares of it; 0: not held."""
+
+    spec: float = 0.0
+    assignment: float = 0.0
+    status: float = 0.0
 
 
 class JobStore(Protocol):
@@ -33,12 +41,18 @@ class JobStore(Protocol):
         """Return the coordinator of the newest published assignment: a hint."""
         ...
 
-    async def put_spec(self, job: JobId, spec: bytes) -> None:
-        """Publish a spec."""
+    def left(self, job: JobId) -> Left:
+        """Return for how long the slots of ``job`` still stand, whoever wrote them."""
         ...
 
-    async def put_status(self, job: JobId, status: JobStatus) -> None:
-        """Publish how ``job`` stands."""
+    async def put_spec(self, job: JobId, spec: bytes) -> None:
+        """Publish a spec, ours or the same bytes again."""
+        ...
+
+    async def put_status(
+        self, job: JobId, status: JobStatus, *, again: bool = False
+    ) -> None:
+        """Publish how ``job`` stands; ``again`` also if we said the same."""
         ...
 
     async def put_assignment(
@@ -57,6 +71,18 @@ class JobStore(Protocol):
         Raises:
             ResourceExhausted: the disk is full; nothing was stored.
         """
+        ...
+
+    def promised(self) -> Collection[JobId]:
+        """Return the jobs about which something is stored."""
+        ...
+
+    async def close_promise(self, job: JobId) -> None:
+        """Keep no more than that ``job`` is over here: :meth:`promise` is empty."""
+        ...
+
+    async def forget_promises(self, jobs: frozenset[JobId]) -> None:
+        """Keep nothing of ``jobs``."""
         ...
 
     async def changed(self) -> None:

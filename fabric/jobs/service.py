@@ -49,6 +49,7 @@ from fabric.jobs.messages import (
 )
 from fabric.jobs.ports import JobStore, MemberFacts, Members, OnCheckpoint
 from fabric.jobs.promises import RECORD
+from fabric.jobs.retirement_service import is_known_over, keep_retiring
 from fabric.jobs.runner import RunnerFactory
 from fabric.jobs.runner_service import Context, RunnerHost
 from fabric.jobs.seat import Seat
@@ -134,6 +135,7 @@ class JobsService:
             nursery.start_soon(self._watch)
             nursery.start_soon(self._watch_connections)
             self._refresh(nursery)
+            nursery.start_soon(keep_retiring, self._store, self._tasks, self._config)
             task_status.started()
             while True:
                 with trio.move_on_after(self._config.refresh_seconds):
@@ -162,8 +164,7 @@ class JobsService:
         for job, raw in self._store.specs().items():
             if job in self._tasks:
                 continue
-            status = self._store.status(job)
-            if status is not None and is_over(status.state):
+            if is_known_over(self._store, job):
                 continue
             running = sum(not task.ended for task in self._tasks.values())
             if running >= self._config.max_jobs:

@@ -19,6 +19,7 @@ from crdt_store.roles import Role
 from fabric.core.errors import PeerTimeout, Unavailable
 from fabric.core.ids import PeerId
 from fabric.core.signing import Ed25519Signer
+from tests.crdt_store.peers import Peers
 
 NOW = 1_700_000_000.0
 FOREVER = 0
@@ -205,3 +206,8 @@ class Station:
 @pytest.fixture
 def network() -> Iterator[Network]:
     return Network()
+
+
+@pytest.fixture
+async def peers(world, network, nursery):
+    return Peers(world, network, nursery)

@@ -1,86 +1,23 @@
-"""The whole store over memory fakes, in virtual time."""
+"""Stores of several peers: what spreads, what heals, what each table holds."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import trio
 
 from attestation.ports import Verdict
 from attestation.states import State, Tier
-from crdt_store.config import StoreConfig
 from crdt_store.invites import parse_token_untrusted, redeem
 from crdt_store.job_views import JobStatus
-from crdt_store.memory_storage import MemoryStorage
 from crdt_store.roles import Role
-from crdt_store.service import open_store
-from crdt_store.views import CheckpointHead, Hardware, MemberRecord
+from crdt_store.views import CheckpointHead
 from fabric.core.digest import hex_digest
 from fabric.core.errors import (
-    ConfigError,
-    LocalProtocolError,
     RemoteProtocolError,
     RemoteRefused,
-    ResourceExhausted,
-    Unavailable,
 )
 from fabric.core.ids import JobId
-from fabric.core.telemetry import Counters
-
-NOWHERE = Path("/nonexistent")
-
-
-class Peers:
-    """Stores of one world on one network, on trio's (virtual) clock."""
-
-    def __init__(self, world, network, nursery) -> None:
-        self.world, self.network, self.nursery = world, network, nursery
-        self.counters: dict[str, Counters] = {}
-        self.start = trio.current_time()
-
-    def clock(self) -> float:
-        return self.world.now + trio.current_time() - self.start
-
-    async def open(self, signer, *, storage=None, known=True):
-        store = await self.nursery.start(self._keep_open, signer, storage)
-        if known:
-            store.ingest_authority_untrusted(self.world.authority())
-        return store
-
-    async def _keep_open(self, signer, storage, *, task_status) -> None:
-        counters = self.counters[signer.peer_id] = Counters()
-        station = self.network.station(signer.peer_id)
-        async with open_store(
-            StoreConfig(),
-            NOWHERE,
-            signer,
-            self.world.mesh,
-            station,
-            station,
-            self.clock,
-            counters,
-            storage=storage or MemoryStorage(),
-        ) as store:
-            task_status.started(store)
-            await trio.sleep_forever()
-
-
-@pytest.fixture
-async def peers(world, network, nursery):
-    return Peers(world, network, nursery)
-
-
-async def until(condition) -> None:
-    with trio.fail_after(120):
-        while not condition():  # noqa: ASYNC110 (any condition)
-            await trio.sleep(0.05)
-
-
-def record(name: str) -> MemberRecord:
-    return MemberRecord(
-        name=name, addrs=("/ip4/127.0.0.1/tcp/1",), hardware=Hardware(2)
-    )
+from tests.crdt_store.peers import record, until
 
 
 async def test_three_stores_agree_by_push_alone_within_a_second(
@@ -234,60 +171,6 @@ async def test_a_routine_pass_is_not_written_again(
     assert await sent_after(State.QUARANTINED, b"4" * 32) == 1  # evidence of a failure
 
 
-async def test_a_full_disk_refuses_the_write_and_loses_nothing(
-    peers, world, autojump_clock
-):
-    class Full(MemoryStorage):
-        full = False
-
-        def write(self, upserts, deletes, evidence=()) -> None:
-            if self.full:
-                raise ResourceExhausted("no space", code="E_DISK_FULL")
-            super().write(upserts, deletes, evidence)
-
-    disk = Full()
-    store = await peers.open(world.workers[0], storage=disk)
-    other = await peers.open(world.workers[1])
-    await store.members.put(record("before"))
-    disk.full = True
-    with pytest.raises(ResourceExhausted):
-        await store.members.put(record("refused"))
-    assert store.members.all()[world.workers[0].peer_id].name == "before"
-    await other.members.put(record("other"))  # goes on in memory
-    await until(lambda: world.workers[1].peer_id in store.members.all())
-    disk.full = False
-    await store.members.put(record("later"))
-    await until(lambda: any(b"other" in raw for raw in disk.load()))
-    assert sum(b"later" in raw for raw in disk.load()) == 1
-
-
-async def test_a_restart_keeps_state_and_its_clock(world, network, autojump_clock):
-    disk = MemoryStorage()
-    key = f"m/{world.workers[0].peer_id}"
-    stamps = []
-    for jump in (0, 3, -20, 1):  # the wall clock jumps back 20 s across a restart
-        world.now += jump
-        async with trio.open_nursery() as nursery:
-            peers = Peers(world, network, nursery)
-            store = await peers.open(world.workers[0], storage=disk, known=not stamps)
-            assert store.authority.role_of(world.workers[0].peer_id) is Role.WORKER
-            entries = [await store.put(key, b"", 0) for _ in range(2)]
-            stamps += [entry.hlc for entry in entries]
-            nursery.cancel_scope.cancel()
-    assert stamps == sorted(set(stamps))
-
-
-async def test_a_clock_set_back_by_an_hour_is_an_error_not_a_lost_write(
-    peers, world, autojump_clock
-):
-    store = await peers.open(world.workers[0])
-    await store.members.put(record("now"))
-    world.now -= 3600
-    with pytest.raises(ConfigError, match="clock") as refused:
-        await store.members.put(record("past"))
-    assert refused.value.code == "E_CLOCK"
-
-
 async def test_entries_expire_by_the_receivers_clock(peers, world, autojump_clock):
     stores = [await peers.open(signer) for signer in world.workers[:2]]
     await stores[0].put(f"p/model/{world.workers[0].peer_id}", b"here", 120)
@@ -315,97 +198,3 @@ async def test_garbage_from_peers_is_counted(peers, world, network, autojump_clo
     assert counts["store_refused_total:malformed"] == 1
     assert counts["store_refused_total:unauthorised"] == 1
     assert store.state_hash() == before
-
-
-async def test_promises_outlive_the_store(world, network, autojump_clock):
-    disk = MemoryStorage()
-    async with trio.open_nursery() as nursery:
-        store = await Peers(world, network, nursery).open(world.owner, storage=disk)
-        await store.save_promise("job", 3, b"three")
-        with pytest.raises(LocalProtocolError, match="promised 3"):
-            await store.save_promise("job", 2, b"two")
-        nursery.cancel_scope.cancel()
-    async with trio.open_nursery() as nursery:
-        store = await Peers(world, network, nursery).open(world.owner, storage=disk)
-        assert store.load_promises()["job"].blob == b"three"
-        nursery.cancel_scope.cancel()
-
-
-@pytest.mark.slow
-async def test_a_folder_on_disk_is_restored_and_has_one_user(world, network, tmp_path):
-    station = network.station(world.owner.peer_id)
-    arguments = (
-        StoreConfig(),
-        tmp_path / "store",
-        world.owner,
-        world.mesh,
-        station,
-        station,
-        lambda: world.now,
-        Counters(),
-    )
-    async with open_store(*arguments) as store:
-        store.ingest_authority_untrusted(world.authority())
-        await store.members.put(record("owner"))
-        before = store.state_hash()
-        with pytest.raises(ConfigError, match="in use"):
-            async with open_store(*arguments):
-                pass
-    async with open_store(*arguments) as store:
-        assert store.state_hash() == before
-        assert store.members.get(world.owner.peer_id) == record("owner")
-
-
-async def test_an_error_in_the_block_is_not_wrapped(world, network):
-    station = network.station(world.owner.peer_id)
-    with pytest.raises(KeyError):
-        async with open_store(
-            StoreConfig(),
-            NOWHERE,
-            world.owner,
-            world.mesh,
-            station,
-            station,
-            lambda: world.now,
-            Counters(),
-            storage=MemoryStorage(),
-        ):
-            raise KeyError("mine")
-
-
-async def test_a_write_during_closing_is_on_disk_or_refused(
-    world, network, autojump_clock
-):
-    station, disk = network.station(world.owner.peer_id), MemoryStorage()
-    key = f"m/{world.owner.peer_id}"
-    outcomes: list[str] = []
-
-    async def write(store, number: int) -> None:
-        await trio.sleep(number / 100)
-        try:
-            entry = await store.put(f"j/{number}/st", b"", 0)
-        except Unavailable:
-            outcomes.append("refused")
-        else:
-            assert entry.raw in disk.load()
-            outcomes.append("kept")
-
-    async with trio.open_nursery() as nursery:
-        async with open_store(
-            StoreConfig(),
-            NOWHERE,
-            world.owner,
-            world.mesh,
-            station,
-            station,
-            lambda: world.now,
-            Counters(),
-            storage=disk,
-        ) as store:
-            store.ingest_authority_untrusted(world.authority())
-            await store.put(key, b"", 0)
-            for number in range(12):
-                nursery.start_soon(write, store, number)
-            await trio.sleep(0.055)
-    assert len(outcomes) == 12
-    assert {"kept", "refused"} == set(outcomes)

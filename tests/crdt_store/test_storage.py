@@ -70,6 +70,8 @@ def test_marks_and_promises_only_grow(reopen) -> None:
     assert promises["job"].counter == 4
     assert promises["job"].blob == b"four, committed"
     assert promises["other"].counter == 1
+    storage.forget_promises(frozenset({"job", "never heard of"}))
+    assert list(storage.load_promises()) == list(reopen().load_promises()) == ["other"]
 
 
 def test_the_same_call_may_delete_a_slot_and_write_it(world, reopen) -> None:
@@ -209,7 +211,7 @@ async def main(folder):
                 entry = await store.put(f"j/{lane}-{n}/st", bytes(50), 0)
                 print(entry.raw.hex(), flush=True)
                 if n % 10 == 0:
-                    await store.save_promise(f"job{lane}", n, b"x")
+                    await store.promises.save(f"job{lane}", n, b"x")
                     print("promise", lane, n, flush=True)
         async with trio.open_nursery() as nursery:
             for lane in range(8):

@@ -1,360 +1,19 @@
+"""Jobs services of several peers: faults, newcomers, ends."""
+
 from __future__ import annotations
 
 import contextlib
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 import trio
 
-from fabric.core.digest import hex_digest
-from fabric.core.errors import (
-    ConfigError,
-    NoRoute,
-    PeerTimeout,
-    ResourceExhausted,
-    Unavailable,
-)
-from fabric.core.signing import Ed25519Signer
-from fabric.core.telemetry import Counters
+from fabric.core.errors import ConfigError, ResourceExhausted
 from fabric.jobs.config import JobsConfig
 from fabric.jobs.job_service import INTEGRITY_ERRORS
-from fabric.jobs.messages import RoundReport, StateHeld
 from fabric.jobs.ports import MemberFacts
-from fabric.jobs.runner import CHECKPOINT_FACT, LINK_FACT, RunnerFailed, RunnerProgress
-from fabric.jobs.service import JobsService
-from fabric.jobs.spec import FaultSpec, JobSpec, OuterSpec, RequireSpec, TrainSpec
-from fabric.jobs.states import STATUS, fold
-
-
-class World:
-    """The network, the replicated store and the runners' data plane, in one place."""
-
-    def __init__(self):
-        self.rpcs = {}
-        self.groups = None
-        self.specs = {}
-        self.statuses = {}
-        self.settings = ()
-        self.assignments = {}
-        self.changed = trio.Event()
-        self.runners = {}
-        self.checkpoints = {}
-        self.speed = 1.0
-
-    def linked(self, one, other):
-        if one not in self.rpcs or other not in self.rpcs:
-            return False
-        return self.groups is None or any(one in g and other in g for g in self.groups)
-
-    def wake(self):
-        self.changed.set()
-        self.changed = trio.Event()
-
-
-class FakeRpc:
-    def __init__(self, world, me):
-        self.world, self.me, self.handlers = world, me, {}
-        self.lost_peers = []
-
-    def register(self, method, handler):
-        async def wrapped(sender, raw):
-            return handler(sender, raw)
-
-        self.handlers[method] = wrapped
-
-    def register_async(self, method, handler):
-        self.handlers[method] = handler
-
-    async def call(self, peer, method, request):
-        await trio.sleep(0.01)
-        if peer not in self.world.rpcs:
-            raise NoRoute("connection refused")
-        if not self.world.linked(self.me, peer):
-            await trio.sleep(30)
-            raise PeerTimeout("silence")
-        handler = self.world.rpcs[peer].handlers.get(method)
-        if handler is None:
-            raise Unavailable("not serving")
-        answer = await handler(self.me, request)
-        await trio.sleep(0.01)
-        if not self.world.linked(self.me, peer):
-            raise PeerTimeout("silence")
-        return answer
-
-    def connected(self):
-        return frozenset()
-
-    def lost(self):
-        send, receive = trio.open_memory_channel(64)
-        self.lost_peers.append(send)
-        return receive
-
-    def break_connection(self, peer):
-        for send in self.lost_peers:
-            with contextlib.suppress(trio.BrokenResourceError):
-                send.send_nowait(peer)
-
-    def rtt_seconds(self, peer):
-        return None
-
-
-class FakeStore:
-    def __init__(self, world, me, disk):
-        self.world, self.me, self.disk = world, me, disk
-        self.full = False
-
-    def specs(self):
-        return dict(self.world.specs)
-
-    def status(self, job):
-        slots = [raw for (j, _), raw in self.world.statuses.items() if j == job]
-        return fold([STATUS.decode_untrusted(raw) for raw in slots])
-
-    def settings(self, job, spec):
-        return self.world.settings
-
-    def coordinator(self, job):
-        return self.world.assignments.get(job, (0, None))[1]
-
-    async def put_spec(self, job, spec):
-        self.world.specs[job] = spec
-        self.world.wake()
-
-    async def put_status(self, job, status):
-        self.world.statuses[job, self.me] = STATUS.encode(status)
-        self.world.wake()
-
-    async def put_assignment(self, job, counter, coordinator, participants):
-        self.world.assignments[job] = max(
-            self.world.assignments.get(job, (0, "")), (counter, coordinator)
-        )
-        self.world.wake()
-
-    def promise(self, job):
-        return self.disk.get(job)
-
-    async def save_promise(self, job, counter, blob):
-        if self.full:
-            raise ResourceExhausted("the disk is full")
-        self.disk[job] = blob
-
-    async def changed(self):
-        await self.world.changed.wait()
-
-
-def write_state(directory: Path, state: str):
-    directory.mkdir(parents=True)
-    (directory / "state").write_text(state)
-
-
-class SumRunner:
-    """Adds hashes: equal digests mean equal decisions applied in equal order."""
-
-    def __init__(self, world, context):
-        self.world, self.context, self.me = world, context, context.peer_id
-        self.rounds = context.spec.train.outer.rounds
-        self.send, self.events = trio.open_memory_channel(1000)
-        self.states, self.round, self.holds = {0: "initial"}, 0, set()
-        self.generation = self.decision = self.reported = None
-        self.done_at = 0.0
-        self.fetching = False
-
-    async def apply(self, generation):
-        base = generation.base_round
-        fresh = self.generation is None or self.round != base
-        self.generation, self.decision, self.reported = generation, None, None
-        state = self.states.get(base)
-        self.fetching = base > 0 and (
-            state is None or hex_digest(state.encode()) != generation.state_digest
-        )
-        self.round = base
-        if fresh:
-            self.holds, self.done_at = set(), trio.current_time() + self.world.speed
-
-    async def decide(self, decision):
-        self.decision = decision
-
-    async def save(self, directory: Path):
-        write_state(directory, self.states[self.rounds])
-        await self.send.send(RunnerProgress({CHECKPOINT_FACT: str(directory)}))
-
-    async def next_event(self):
-        return await self.events.receive()
-
-    async def work(self):
-        while True:
-            await trio.sleep(0.1)
-            if self.generation is not None:
-                await (self.fetch() if self.fetching else self.step())
-
-    async def held(self):
-        state = hex_digest(self.states[self.round].encode())
-        counter = self.generation.counter
-        event = StateHeld(
-            self.context.job, counter, self.round, state, validation_loss=1.5
-        )
-        await self.send.send(event)
-        sent = {
-            f"{LINK_FACT}{p}": 10 * self.round for p in self.generation.participants
-        }
-        await self.send.send(RunnerProgress(sent))
-
-    async def fetch(self):
-        for source in self.generation.sources:
-            other = self.world.runners.get(source)
-            state = other.states.get(self.generation.base_round) if other else None
-            if state is None or not self.world.linked(self.me, source):
-                continue
-            if hex_digest(state.encode()) == self.generation.state_digest:
-                self.states, self.fetching = {self.round: state}, False
-                self.done_at = trio.current_time() + self.world.speed
-                await self.held()
-                return
-
-    async def step(self):
-        if self.round >= self.rounds:
-            return
-        if trio.current_time() >= self.done_at:
-            self.holds.add(self.me)
-        for peer in self.generation.participants:
-            other = self.world.runners.get(peer)
-            if other is None or not self.world.linked(self.me, peer):
-                continue
-            if other.round == self.round and peer in other.holds:
-                self.holds.add(peer)
-        if self.holds and self.holds != self.reported:
-            self.reported = set(self.holds)
-            counter, holds = self.generation.counter, tuple(sorted(self.holds))
-            tokens = 100 if self.me in self.holds else 0
-            await self.send.send(
-                RoundReport(self.context.job, counter, self.round, holds, tokens, 2.0)
-            )
-        decision = self.decision
-        if (
-            decision
-            and decision.round == self.round
-            and set(decision.contributors) <= self.holds
-        ):
-            state = self.states[self.round] + "".join(decision.contributors)
-            self.round += 1
-            self.states[self.round] = hex_digest(state.encode())
-            self.holds, self.reported, self.decision = set(), None, None
-            self.done_at = trio.current_time() + self.world.speed
-            await self.held()
-
-
-def factory(world):
-    @asynccontextmanager
-    async def open_runner(context):
-        runner = SumRunner(world, context)
-        world.runners[context.peer_id] = runner
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(runner.work)
-            yield runner
-            nursery.cancel_scope.cancel()
-
-    return open_runner
-
-
-class Mesh:
-    """Daemons' jobs services in one virtual world; each can be killed and restarted."""
-
-    def __init__(self, nursery, tmp_path):
-        self.world, self.nursery, self.tmp_path = World(), nursery, tmp_path
-        self.signers = [Ed25519Signer(bytes([i] * 32)) for i in range(1, 8)]
-        self.ids = [s.peer_id for s in self.signers]
-        self.disks = {i: {} for i in range(7)}
-        self.services, self.scopes, self.stores, self.counters = {}, {}, {}, {}
-        self.members = {}
-
-    async def start(self, index):
-        me = self.ids[index]
-        rpc = self.world.rpcs[me] = FakeRpc(self.world, me)
-        self.members[me] = MemberFacts(memory_bytes=1 << 30)
-        self.stores[index] = FakeStore(self.world, me, self.disks[index])
-        self.counters[index] = Counters()
-        service = JobsService(
-            JobsConfig(),
-            signer=self.signers[index],
-            rpc=rpc,
-            store=self.stores[index],
-            runners={"train": factory(self.world)},
-            members=lambda: self.members,
-            scratch_root=self.tmp_path / str(index),
-            on_checkpoint=self.on_checkpoint,
-            counters=self.counters[index],
-            clock=trio.current_time,
-        )
-        self.services[index] = service
-        scope = self.scopes[index] = trio.CancelScope()
-
-        async def run(task_status):
-            with scope:
-                await service.run(task_status=task_status)
-
-        await self.nursery.start(run)
-
-    def kill(self, index):
-        self.scopes[index].cancel()
-        me = self.ids[index]
-        del self.world.rpcs[me], self.members[me], self.services[index]
-        self.world.runners.pop(me, None)
-        for rpc in self.world.rpcs.values():
-            rpc.break_connection(me)
-
-    async def on_checkpoint(self, job, directory, round):
-        root = hex_digest((directory / "state").read_bytes())
-        self.world.checkpoints[root] = round
-        return root
-
-    async def until(self, condition, seconds=200.0):
-        with trio.fail_after(seconds):
-            while not condition():  # noqa: ASYNC110 - virtual time
-                await trio.sleep(0.1)
-
-    def views(self):
-        return {i: s.jobs()[0] for i, s in self.services.items() if s.jobs()}
-
-    def all_are(self, state):
-        return all(view.state == state for view in self.views().values())
-
-    def decided(self, rounds):
-        return lambda: any(v.round >= rounds for v in self.views().values())
-
-    def check_equal(self, job):
-        view = next(iter(self.views().values()))
-        done = [v for v in self.views().values() if v.facts.get("checkpoint")]
-        assert done, view
-        last = self.last_participants()
-        states = {
-            self.world.runners[p].states[view.rounds]
-            for p in last
-            if p in self.world.rpcs
-        }
-        assert len(states) == 1
-        assert self.world.checkpoints[done[0].facts["checkpoint"]] == view.rounds
-
-    def last_participants(self):
-        return max(self.views().values(), key=lambda v: v.counter).participants
-
-
-def spec(rounds=5, min_peers=4):
-    return JobSpec(
-        train=TrainSpec(outer=OuterSpec(rounds=rounds)),
-        require=RequireSpec(min_peers=min_peers),
-        fault=FaultSpec(patience_seconds=4.0),
-    )
-
-
-@pytest.fixture
-async def mesh(tmp_path):
-    async with trio.open_nursery() as nursery:
-        mesh = Mesh(nursery, tmp_path)
-        for index in range(4):
-            await mesh.start(index)
-        yield mesh
-        nursery.cancel_scope.cancel()
+from fabric.jobs.runner import LINK_FACT, RunnerFailed
+from fabric.jobs.spec import JobSpec, RequireSpec
+from tests.jobs.service_mesh import spec
 
 
 async def test_a_job_runs_to_its_checkpoint(autojump_clock, mesh):
@@ -513,6 +172,35 @@ async def test_a_job_that_ended_before_this_daemon_started_is_known_by_its_statu
     assert service.why(job) is None
     await service.stop(job)
     assert service.jobs() == [view]
+
+
+async def test_what_is_kept_of_jobs_that_ended_is_bounded(autojump_clock, mesh):
+    for index in range(4):
+        mesh.kill(index)
+    mesh.config = JobsConfig(max_ended=2)
+    await mesh.start(0)
+    service = mesh.services[0]
+    names = []
+    for _ in range(6):
+        names.append(await service.submit(spec(rounds=1, min_peers=1)))
+        await mesh.until(
+            lambda: (
+                all(v.state == "done" for v in service.jobs())
+                and len(service.jobs()) == len(names)
+            )
+        )
+    assert all(mesh.disks[0].values())
+    await trio.sleep(2 * mesh.config.retire_seconds)
+    assert list(service._tasks) == names[-2:]
+    assert not any(mesh.disks[0].values()), "closed"
+    assert {v.state for v in service.jobs()} == {"done"}
+    assert len(await service.events(names[0])) == 1
+    mesh.world.statuses.clear()  # whoever said so was revoked
+    await trio.sleep(2 * mesh.config.refresh_seconds)
+    assert list(service._tasks) == names[-2:], "what is closed does not start again"
+    mesh.world.specs.clear()
+    await trio.sleep(2 * mesh.config.retire_seconds)
+    assert mesh.disks[0] == {}
 
 
 async def test_stop_from_a_member_that_does_not_coordinate(autojump_clock, mesh):
