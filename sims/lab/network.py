@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 import msgspec
@@ -191,6 +192,19 @@ class Network:
         """End a black hole."""
         number = self.topology.number(site)
         self._inside(SWITCH, [f"link set up{number} master pub"])
+
+    def split(self, sites: Sequence[str]) -> None:
+        """Give ``sites`` a public network of their own; no end is told."""
+        lines = ["link add pub2 type bridge", "link set pub2 up"]
+        ports = [f"up{self.topology.number(site)}" for site in sites]
+        lines += [f"link set {port} master pub2" for port in ports]
+        self._inside(SWITCH, lines)
+
+    def join(self, sites: Sequence[str]) -> None:
+        """End the split of ``sites``."""
+        ports = [f"up{self.topology.number(site)}" for site in sites]
+        lines = [f"link set {port} master pub" for port in ports]
+        self._inside(SWITCH, [*lines, "link del pub2"])
 
     def _script(self) -> Script:
         return Script(self.prefix, self.topology.net6)
