@@ -8,7 +8,7 @@ one (:meth:`RpcService.upgrade`).
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -95,7 +95,12 @@ async def open_rpc(
 
 
 class RpcService:
-    """Implements ``rpc_api.Rpc``; made by :func:`open_rpc`."""
+    """Implements ``rpc_api.Rpc``; made by :func:`open_rpc`.
+
+    Attributes:
+        meet: Awaited before a dial: brings the gate to know the peer.
+        background: Methods whose calls do not count as use of a connection.
+    """
 
     def __init__(
         self,
@@ -116,6 +121,8 @@ class RpcService:
         self._dials: dict[PeerId, _Dial] = {}
         self._lost: list[trio.MemorySendChannel[PeerId]] = []
         self._nursery: trio.Nursery | None = None
+        self.meet: Callable[[PeerId], Awaitable[None]] | None = None
+        self.background: frozenset[str] = frozenset()
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -171,6 +178,22 @@ class RpcService:
         for connection in [c for c in self._links if c.peer == peer]:
             connection.end(Unavailable("disconnected"))
         await trio.lowlevel.checkpoint()
+
+    def retire(self, peer: PeerId) -> None:
+        """Do without a connection with ``peer``, which agreed to that.
+
+        Open calls finish, the next one dials anew, and :meth:`lost` does not tell.
+        """
+        self._links.retire(peer)
+
+    def num_connections(self, peer: PeerId) -> int:
+        """Return how many connections with ``peer`` there are, also such as end."""
+        return sum(connection.peer == peer for connection in self._links)
+
+    def idle_seconds(self, peer: PeerId) -> float | None:
+        """Return for how long nobody used the connection with ``peer``."""
+        connection = self._links.live(peer)
+        return connection.idle_seconds if connection is not None else None
 
     def doubt(self, peer: PeerId | None = None) -> None:
         """Ask ``peer`` (None: all) whether it is there: the path may be dead.
@@ -246,6 +269,8 @@ class RpcService:
     async def _run_dial(self, peer: PeerId, dial: _Dial) -> None:
         try:
             with trio.fail_after(self._config.connect_timeout_seconds):
+                if self.meet is not None:
+                    await self.meet(peer)
                 self._check_gate(peer)
                 stream, kind = await self._connector.connect(peer, ALL_PATHS)
             await self._adopt(peer, stream, kind)
@@ -283,7 +308,13 @@ class RpcService:
         if self._nursery is None:
             raise LocalProtocolError("the RPC service does not run")
         connection = RpcConnection(
-            peer, stream, (initiator, kind), self._config, self._serve, self._counters
+            peer,
+            stream,
+            (initiator, kind),
+            self._config,
+            self._serve,
+            self._counters,
+            self.background,
         )
         self._links.add(connection)
         self._nursery.start_soon(self._run_connection, connection)
@@ -297,7 +328,7 @@ class RpcService:
         if isinstance(reason, RemoteProtocolError):
             self._counters.add(PROTOCOL_ERRORS, label="rpc")
         logger.info("rpc.closed peer=%s reason=%s", short(peer), reason.reason)
-        if self._links.live(peer) is None:
+        if self._links.live(peer) is None and not connection.retired:
             self._announce_lost(peer)
 
     def _announce_lost(self, peer: PeerId) -> None:

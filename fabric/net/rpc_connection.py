@@ -7,7 +7,7 @@ expires calls. The writer sends whatever was queued since its last send, in one 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 
 import outcome
 import trio
@@ -50,6 +50,10 @@ class RpcConnection:
         config: Limits and times.
         serve: Called inline for each request.
         counters: Receives byte counts under the label "rpc".
+        background: Methods whose calls do not count as use.
+
+    Attributes:
+        retired: Both sides agreed to do without it: nobody misses it when it ends.
     """
 
     def __init__(
@@ -60,9 +64,13 @@ class RpcConnection:
         config: RpcConfig,
         serve: Serve,
         counters: Counters,
+        background: Container[str] = frozenset(),
     ) -> None:
         self.peer = peer
         self.initiator, self.kind = origin
+        self.retired = False
+        self._background = background
+        self._used_at = trio.current_time()
         self._stream = stream
         self._config = config
         self._serve = serve
@@ -92,6 +100,13 @@ class RpcConnection:
     def silent_seconds(self) -> float:
         """How long nothing has arrived."""
         return self._core.silent_seconds(trio.current_time())
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nobody used it, for anything but background; 0 while calls run."""
+        if self._callers or self._core.is_serving:
+            return 0.0
+        return trio.current_time() - self._used_at
 
     async def run(self) -> FabricError:
         """Serve until the connection ends; return why.
@@ -156,6 +171,7 @@ class RpcConnection:
             await trio.lowlevel.checkpoint_if_cancelled()
         call = self._core.request(method, request, deadline, now)
         self._callers[call] = trio.lowlevel.current_task()
+        self._note_use(method)
         self._wake_writer()
         if deadline < self._armed:
             self._timer.unpark()
@@ -239,7 +255,8 @@ class RpcConnection:
             self._note_proof()
             for event in events:
                 match event:
-                    case RequestReceived():
+                    case RequestReceived(method=method):
+                        self._note_use(method)
                         self._serve(self, event)
                     case ResponseReceived(id=call, payload=payload):
                         self._wake_caller(call, outcome.Value[object](payload))
@@ -250,6 +267,10 @@ class RpcConnection:
                             scope.cancel()
             if self._core.has_output:
                 self._wake_writer()
+
+    def _note_use(self, method: str) -> None:
+        if method not in self._background:
+            self._used_at = trio.current_time()
 
     def _note_proof(self) -> None:
         if self._on_proof is not None:

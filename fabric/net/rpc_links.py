@@ -59,10 +59,18 @@ class Links:
             if other.peer == connection.peer and not other.is_draining:
                 self._live[other.peer] = other
 
+    def retire(self, peer: PeerId) -> None:
+        """Drain all connections with ``peer``; the next call dials anew."""
+        self._live.pop(peer, None)
+        for connection in self._all:
+            if connection.peer == peer:
+                connection.retired = True
+                connection.drain()
+
     def _proved(self, connection: RpcConnection) -> None:
         """``connection`` is alive after all: of it and the live one the better stays"""
         current = self._live.get(connection.peer)
-        if current is connection:
+        if current is connection or connection.retired:
             return
         if current is None or _keeps(connection, current):
             self._live[connection.peer] = connection

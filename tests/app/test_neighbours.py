@@ -1,4 +1,4 @@
-"""The graph of standing connections: whole, bounded, stable, the same from both ends."""
+"""The graph of standing connections: whole, bounded, stable, alike from both ends."""
 
 import random
 

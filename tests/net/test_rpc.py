@@ -421,6 +421,64 @@ async def test_disconnect_closes_a_live_connection(autojump_clock):
         assert await lost.receive() == "b"
 
 
+async def test_a_retired_connection_is_missed_by_nobody(autojump_clock):
+    async with mesh("a", "b") as wires:
+        a, b = wires.services["a"], wires.services["b"]
+        a.background = b.background = frozenset({"x.sync"})
+        for each in (a, b):
+            each.register("x.echo", echo)
+            each.register("x.sync", echo)
+        held = trio.Event()
+
+        async def hold(peer, request):
+            await held.wait()
+            return b"late"
+
+        b.register_async("x.hold", hold)
+        lost = (a.lost(), b.lost())
+        assert await a.call("b", "x.echo", b"") == b"a:"
+        await trio.sleep(30)
+        await a.call("b", "x.sync", b"")
+        assert a.idle_seconds("b") == b.idle_seconds("a") == 30
+        answers = []
+
+        async def call():
+            answers.append(await a.call("b", "x.hold", b""))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+            assert a.idle_seconds("b") == b.idle_seconds("a") == 0
+            a.retire("b")
+            b.retire("a")
+            assert a.connected() == b.connected() == frozenset()
+            await trio.sleep(3)
+            held.set()
+        assert answers == [b"late"]
+        assert await a.call("b", "x.echo", b"2") == b"a:2"
+        assert (wires.dials, a.num_connections("b")) == (2, 2)
+        await trio.sleep(10)
+        assert a.num_connections("b") == b.num_connections("a") == 1
+        for channel in lost:
+            with pytest.raises(trio.WouldBlock):
+                channel.receive_nowait()
+        await b.disconnect("a")
+        assert await lost[0].receive() == "b"
+
+
+async def test_who_is_dialled_is_met_first(autojump_clock):
+    async with mesh("a", "b") as wires:
+        a, b = wires.services["a"], wires.services["b"]
+        b.register("x.echo", echo)
+        wires.gates["a"].denied.add("b")
+
+        async def meet(peer):
+            wires.gates["a"].denied.discard(peer)
+
+        a.meet = meet
+        assert await a.call("b", "x.echo", b"") == b"a:"
+
+
 async def test_dial_failures_reach_every_caller_and_a_hanging_dial_is_bounded(
     autojump_clock,
 ):
