@@ -93,7 +93,7 @@ class Beliefs:
     @property
     def num_members(self) -> int:
         """Members that are not dead, ourselves included."""
-        return len(self.rounds) + 1 - len(self.dead)
+        return len(self.rounds.members) + 1 - len(self.dead)
 
     def heard_at(self, peer: PeerId) -> float | None:
         """Return when ``peer`` itself said something last, if not long ago."""
@@ -172,7 +172,8 @@ class Beliefs:
         self._revive(peer)
 
     def _revive(self, peer: PeerId) -> None:
-        if self.state(peer) is State.ALIVE:
+        absent = peer in self.dead or peer in self.suspicions or peer in self._unknown
+        if not absent:
             return
         self.dead.pop(peer, None)
         self.suspicions.lift(peer)
@@ -211,7 +212,7 @@ class Beliefs:
         """Take a claim about somebody else than ourselves."""
         peer = claim.subject
         known = self._incarnations.get(peer, 0)
-        if peer not in self.rounds or claim.incarnation < known:
+        if peer not in self.rounds.members or claim.incarnation < known:
             return
         if claim.incarnation > known + MAX_JUMP:
             self.counts["claim_too_far"] += 1
@@ -242,15 +243,9 @@ class Beliefs:
         self.news.add(claim)
 
     def _accuse(self, claim: Claim, now: float) -> None:
-        news = self.suspicions.accuse(
-            claim.subject,
-            claim.accuser,
-            claim.incarnation,
-            now,
-            self.num_members,
-            proven=claim.standing is Standing.DEAD,
-        )
-        self._unknown.discard(claim.subject)
-        self._changed.add(claim.subject)
-        if news:
+        peer = claim.subject
+        if peer not in self.suspicions:
+            self._unknown.discard(peer)
+            self._changed.add(peer)
+        if self.suspicions.accuse(claim, now, self.num_members):
             self.news.add(claim)

@@ -356,18 +356,17 @@ class Swim:
         return Ack(self.incarnation, claims, self.load, reports, reached)
 
     def _hear(self, sender: PeerId, message: Ping | Ack, now: float) -> None:
-        if sender not in self._rounds:
+        members, beliefs = self._rounds.members, self._beliefs
+        if sender not in members:
             return  # a stranger, or a member we have not heard of: no news from it
-        self._beliefs.witness(sender, message.incarnation, now)
+        beliefs.witness(sender, message.incarnation, now)
         self.loads.hear(sender, message.load, now, met=True)
-        for report in message.reports:
-            if report.peer in self._rounds and report.peer != sender:
-                self.loads.hear(report.peer, report.load, now - report.age_ms / 1000)
+        self.loads.hear_reports(message.reports, sender, members, now)
         for claim in message.claims:
             if claim.subject == self.me:
                 self._refute(claim, now)
             else:
-                self._beliefs.hear_claim(claim, now)
+                beliefs.hear_claim(claim, now)
 
     # --- ourselves
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container, Iterable
 
 from crdt_store.liveness.messages import MAX_REPORTS, Load, Report
 from fabric.core.ids import PeerId
@@ -30,6 +31,19 @@ class Loads:
         if met and peer not in self._met:
             self._met.append(peer)
 
+    def hear_reports(
+        self,
+        reports: Iterable[Report],
+        sender: PeerId,
+        members: Container[PeerId],
+        now: float,
+    ) -> None:
+        """Note what ``sender`` heard of other ``members``."""
+        for report in reports:
+            peer = report.peer
+            if peer != sender and peer in members:
+                self.hear(peer, report.load, now - report.age_ms / 1000)
+
     def get(self, peer: PeerId, now: float) -> Load | None:
         """Return the load of ``peer``; None when it is unknown or too old."""
         held = self._heard.get(peer)
@@ -43,9 +57,9 @@ class Loads:
 
     def reports(self, now: float) -> tuple[Report, ...]:
         """Return the loads that peers told us last, to pass on."""
-        found = ((peer, self._heard.get(peer)) for peer in self._met)
-        return tuple(
-            Report(peer, int((now - held[0]) * 1000), held[1])
-            for peer, held in found
-            if held is not None and 0 <= now - held[0] < KEPT_SECONDS / 2
-        )
+        found: list[Report] = []
+        for peer in self._met:
+            held = self._heard.get(peer)
+            if held is not None and 0 <= (age := now - held[0]) < KEPT_SECONDS / 2:
+                found.append(Report(peer, int(age * 1000), held[1]))
+        return tuple(found)

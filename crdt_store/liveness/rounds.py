@@ -19,6 +19,7 @@ class Rounds:
         self._rng = rng
         self._order: list[PeerId] = []
         self._cursor = 0
+        self._left: set[PeerId] = set()
         self.members: set[PeerId] = set()
 
     def __len__(self) -> int:
@@ -29,8 +30,9 @@ class Rounds:
 
     def add(self, peer: PeerId) -> None:
         """Take ``peer`` in at a random place of what is left of the round."""
+        known = peer in self.members or peer in self._left
         self.members.add(peer)
-        if peer in self._order[self._cursor :]:
+        if known and peer in self._order[self._cursor :]:
             return  # it left and came back within the round
         self._order.append(peer)
         at = self._rng.randint(self._cursor, len(self._order) - 1)
@@ -39,6 +41,7 @@ class Rounds:
     def remove(self, peer: PeerId) -> None:
         """Leave ``peer`` out from now on."""
         self.members.discard(peer)
+        self._left.add(peer)
 
     def next(self, skipped: Container[PeerId]) -> PeerId | None:
         """Return the next member that is not ``skipped``; None if there is none."""
@@ -51,6 +54,7 @@ class Rounds:
             self._order = sorted(self.members)
             self._rng.shuffle(self._order)
             self._cursor = 0
+            self._left.clear()
         return None
 
     def sample(self, count: int, skipped: Container[PeerId]) -> list[PeerId]:

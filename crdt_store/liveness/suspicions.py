@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from crdt_store.liveness.config import CONFIRMATIONS, LivenessConfig
+from crdt_store.liveness.messages import Claim, Standing
 from fabric.core.ids import PeerId
 
 
@@ -36,6 +37,8 @@ class Suspicions:
         self._config = config
         self._running: dict[PeerId, Suspicion] = {}
         self._next = math.inf
+        self._waits: dict[int, float] = {}
+        self._waits_of = 0
 
     def __contains__(self, peer: object) -> bool:
         return peer in self._running
@@ -50,40 +53,39 @@ class Suspicions:
         """Return the suspicion of ``peer``."""
         return self._running.get(peer)
 
-    def accuse(
-        self,
-        peer: PeerId,
-        accuser: PeerId,
-        incarnation: int,
-        now: float,
-        num_members: int,
-        *,
-        proven: bool = False,
-    ) -> bool:
+    def accuse(self, claim: Claim, now: float, num_members: int) -> bool:
         """Note an accusation; return whether others should hear of it.
 
         Args:
-            peer: The suspect.
-            accuser: Who says so.
-            incarnation: In which it was silent.
+            claim: Who accuses whom; of a death, the suspect had its time there already.
             now: Monotonic seconds.
             num_members: Members that are there, which sets the timeout.
-            proven: For the accuser the suspect had its time already.
         """
-        held = self._running.get(peer)
+        held = self._running.get(claim.subject)
         if held is None:
-            held = self._running[peer] = Suspicion(incarnation, now)
-        held.incarnation = max(held.incarnation, incarnation)
-        news = accuser not in held.accusers and len(held.accusers) <= CONFIRMATIONS
+            held = self._running[claim.subject] = Suspicion(claim.incarnation, now)
+        elif claim.incarnation > held.incarnation:
+            held.incarnation = claim.incarnation
+        accusers, proven = held.accusers, claim.standing is Standing.DEAD
+        news = len(accusers) <= CONFIRMATIONS and claim.accuser not in accusers
         if news:
-            held.accusers.add(accuser)
+            accusers.add(claim.accuser)
         elif not proven:
             return False  # said before: most of what is heard while a ghost is mourned
-        voices = CONFIRMATIONS + 1 if proven else len(held.accusers)
-        wait = self._config.suspicion_seconds(num_members, voices)
+        wait = self._wait(num_members, CONFIRMATIONS + 1 if proven else len(accusers))
         held.deadline = min(held.deadline, held.since + wait)
         self._next = min(self._next, held.deadline)
         return news
+
+    def _wait(self, num_members: int, voices: int) -> float:
+        """Return the timeout; computed once per size of the mesh, as deaths repeat."""
+        if num_members != self._waits_of:
+            self._waits_of, self._waits = num_members, {}
+        wait = self._waits.get(voices)
+        if wait is None:
+            wait = self._config.suspicion_seconds(num_members, voices)
+            self._waits[voices] = wait
+        return wait
 
     def lift(self, peer: PeerId) -> Suspicion | None:
         """Forget the suspicion of ``peer`` and return it."""
