@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -81,6 +82,14 @@ class CheckpointReader:
         """Close the files."""
         self._files.clear()
         self._closing.close()
+
+    def fork(self) -> Self:
+        """Return a reader of the same manifest, for another thread."""
+        other = copy(self)
+        other._files = {}
+        other._cache = BlockCache()
+        other._closing = ExitStack()
+        return other
 
     @property
     def aliases(self) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from copy import copy
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -23,7 +23,6 @@ import msgspec
 from checkpoints.boxes import (
     Box,
     Index,
-    Run,
     flat_boxes,
     inside,
     intersect,
@@ -36,9 +35,14 @@ from checkpoints.formats.source import Ignored
 from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import Json
 from checkpoints.parts import WINDOW_BYTES
+from checkpoints.strided import Grid, copy_strided
 from fabric.core.errors import ConfigError, IntegrityError
 
 MAX_OPEN_FILES = 64
+SPAN_BYTES = 4 << 20
+"""Most that is read at once to pick strided elements from."""
+SMALL_SPAN_BYTES = 64 << 10
+"""Reading this much costs about as much as asking for it."""
 
 
 class Extent(msgspec.Struct, frozen=True):
@@ -61,8 +65,7 @@ class Extent(msgspec.Struct, frozen=True):
         """Return how many elements lie between the first and the end of the last."""
         if self.strides is None:
             return self.box.volume
-        steps = zip(self.box.sizes, self.strides, strict=True)
-        return 1 + sum((size - 1) * stride for size, stride in steps)
+        return _span(self.box.sizes, self.strides)
 
 
 class StoredTensor(msgspec.Struct, frozen=True):
@@ -110,6 +113,7 @@ class ExtentSource:
         self._base = base
         self._tensors = dict(tensors)
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._scratch = bytearray()
         for alias, target in self.aliases.items():
             if alias in self._tensors or target not in self._tensors:
                 raise IntegrityError(f"alias {alias!r} of {target!r}", code="E_ALIAS")
@@ -134,6 +138,13 @@ class ExtentSource:
         """Close the files."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def fork(self) -> Self:
+        """Return a source of the same index, for another thread."""
+        other = copy(self)
+        other._open = OrderedDict()
+        other._scratch = bytearray()
+        return other
 
     def names(self) -> list[str]:
         """Return the names of all tensors and aliases, sorted."""
@@ -208,12 +219,37 @@ class ExtentSource:
             part = intersect(extent.box, box)
             if part is None:
                 continue
-            for run in _runs(part, extent, box):
-                at, length = run.target * item, run.length * item
-                view = out[at : at + length]
-                self._read(extent.file, extent.begin + run.source * item, view)
-                filled += length
+            filled += part.volume * item
+            if extent.strides is None or extent.strides == strides_of(extent.box.sizes):
+                for run in runs(part, extent.box, box):
+                    at, length = run.target * item, run.length * item
+                    view = out[at : at + length]
+                    self._read(extent.file, extent.begin + run.source * item, view)
+                continue
+            for piece, first in dense_parts(part, extent, item):
+                self._gather(extent, piece, first, box, out, item)
         assert filled == len(out)  # the extents tile the tensor: checked when opened
+
+    def _gather(
+        self,
+        extent: Extent,
+        part: Box,
+        first: int,
+        target: Box,
+        out: memoryview,
+        item: int,
+    ) -> None:
+        """Read the span of ``part`` in one go, and spread its elements."""
+        strides = extent.strides or ()
+        span = _span(part.sizes, strides) * item
+        if len(self._scratch) < span:
+            self._scratch = bytearray(span)
+        data = memoryview(self._scratch)[:span]
+        self._read(extent.file, extent.begin + first * item, data)
+        steps = strides_of(target.sizes)
+        offsets = zip(part.offsets, target.offsets, steps, strict=True)
+        place = sum((at - base) * step for at, base, step in offsets)
+        copy_strided(data, Grid(0, strides), out, Grid(place, steps), part.sizes, item)
 
     def _read(self, file: str, begin: int, out: memoryview) -> None:
         fd = self._descriptor(file)
@@ -316,27 +352,38 @@ def _check_tiling(name: str, entry: StoredTensor) -> None:
             raise IntegrityError(f"{name!r}: strides {extent.strides}", code="E_BOUNDS")
 
 
-def _runs(part: Box, extent: Extent, target: Box) -> Iterator[Run]:
-    """Yield the runs of ``part`` from where the extent lies into ``target``."""
-    if extent.strides is None or extent.strides == strides_of(extent.box.sizes):
-        yield from runs(part, extent.box, target)
-        return
-    inner = extent.strides[-1] == 1 if extent.strides else True
-    rows = part.sizes[:-1] if inner else part.sizes
-    length = part.sizes[-1] if inner and part.sizes else 1
-    first = [
-        at - base for at, base in zip(part.offsets, extent.box.offsets, strict=True)
-    ]
-    into = [at - base for at, base in zip(part.offsets, target.offsets, strict=True)]
-    strides = strides_of(target.sizes)
-    for index in product(*map(range, rows)):
-        padded = (*index, *(0,) * (len(first) - len(index)))
-        source = sum(
-            (at + step) * stride
-            for at, step, stride in zip(first, padded, extent.strides, strict=True)
-        )
-        place = sum(
-            (at + step) * stride
-            for at, step, stride in zip(into, padded, strides, strict=True)
-        )
-        yield Run(source, place, length)
+def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    steps = zip(sizes, strides, strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def dense_parts(part: Box, extent: Extent, item: int) -> Iterator[tuple[Box, int]]:
+    """Cut a part of a strided extent until little of what is read is not wanted.
+
+    Args:
+        part: Not empty, in the tensor's coordinates.
+        extent: Has strides, and holds ``part``.
+        item: Bytes of an element.
+
+    Yields:
+        A part, and its first element's place in the extent. What lies between its
+        elements is at most as much as they are, or :data:`SMALL_SPAN_BYTES`.
+    """
+    strides = extent.strides or ()
+    todo = [part]
+    while todo:
+        box = todo.pop()
+        span = _span(box.sizes, strides) * item
+        wanted = min(SPAN_BYTES, 2 * box.volume * item)
+        if span <= max(SMALL_SPAN_BYTES, wanted) or box.volume == 1:
+            steps = zip(box.offsets, extent.box.offsets, strides, strict=True)
+            yield box, sum((at - base) * stride for at, base, stride in steps)
+            continue
+        reach = [(n - 1) * stride for n, stride in zip(box.sizes, strides, strict=True)]
+        dim = reach.index(max(reach))
+        half = box.sizes[dim] // 2
+        for begin, end in ((half, box.sizes[dim]), (0, half)):
+            offsets, sizes = list(box.offsets), list(box.sizes)
+            offsets[dim] += begin
+            sizes[dim] = end - begin
+            todo.append(Box(tuple(offsets), tuple(sizes)))

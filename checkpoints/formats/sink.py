@@ -14,6 +14,8 @@ from typing import Protocol
 
 import msgspec
 
+from checkpoints.boxes import Box
+from checkpoints.cuts import Cut
 from checkpoints.dtypes import tensor_bytes
 from checkpoints.formats.source import Ignored
 from checkpoints.hashed_file import Buffer
@@ -32,12 +34,15 @@ class OutTensor(msgspec.Struct, frozen=True):
         shape: Its shape.
         read: Returns its bytes, row-major and little-endian, in buffers that stay valid
             until the next one is asked for; may be called again.
+        read_box: The same for one box of it, for a sink that cuts tensors; what is
+            read of a tensor in this way must tile it.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Iterable[Buffer]]
+    read_box: Callable[[Box], Iterable[Buffer]] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -66,11 +71,14 @@ class SinkOptions(msgspec.Struct, frozen=True, kw_only=True):
         max_shard_bytes: Tensor bytes per file; a larger tensor gets one of its own.
         step: Number of the saved step, where the format has one.
         parent: Root of the canonical checkpoint before it, or empty.
+        cut: How tensors are dealt to ranks' files; None leaves them whole. Only for a
+            sink that has ``takes_cut = True``.
     """
 
     max_shard_bytes: int = MAX_SHARD_BYTES
     step: int = 0
     parent: str = ""
+    cut: Cut | None = None
 
 
 class PlannedFile(msgspec.Struct, frozen=True):
@@ -99,12 +107,18 @@ class Plan(msgspec.Struct, frozen=True):
             entries of all planned files by path.
         ignored: What of the bundle the format has no place for, and why.
         single_file: The target is one file (the only planned one), not a directory.
+        subdirectory: What appears at once is this directory in the target, which may
+            exist; empty: the target itself.
+        publish: Puts the whole working directory (its argument) in its place instead
+            of a plain rename to the second argument.
     """
 
     files: Sequence[PlannedFile]
     finish: Callable[[Path, Mapping[str, FileEntry]], None]
     ignored: Sequence[Ignored] = ()
     single_file: bool = False
+    subdirectory: str = ""
+    publish: Callable[[Path, Path], None] | None = None
 
 
 class Sink(Protocol):

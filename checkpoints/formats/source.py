@@ -116,6 +116,10 @@ class Source(Protocol):
         """
         ...
 
+    def fork(self) -> Self:
+        """Return a source of the same index with files of its own, for a thread."""
+        ...
+
     def close(self) -> None:
         """Close the files."""
         ...
