@@ -62,7 +62,7 @@ class RangeIndex:
         self._buckets: list[list[Item]] = [[]]
         self._sums: list[int] = [0]
         self._count = 0
-        self._whole: int | None = 0  # sum of all, None when it must be added up again
+        self._whole = 0
 
     def __len__(self) -> int:
         return self._count
@@ -82,9 +82,10 @@ class RangeIndex:
         index = self._bucket_of((at, entry_id))
         bucket = self._buckets[index]
         insort(bucket, (at, entry_id))
-        self._sums[index] = (self._sums[index] + _stretched(entry_id)) & _MASK
+        stretched = _stretched(entry_id)
+        self._sums[index] = (self._sums[index] + stretched) & _MASK
+        self._whole = (self._whole + stretched) & _MASK
         self._count += 1
-        self._whole = None
         if len(bucket) > 2 * _BUCKET:
             tail = bucket[_BUCKET:]
             del bucket[_BUCKET:]
@@ -105,9 +106,10 @@ class RangeIndex:
         if place == len(bucket) or bucket[place] != (at, entry_id):
             raise KeyError(at)
         del bucket[place]
-        self._sums[index] = (self._sums[index] - _stretched(entry_id)) & _MASK
+        stretched = _stretched(entry_id)
+        self._sums[index] = (self._sums[index] - stretched) & _MASK
+        self._whole = (self._whole - stretched) & _MASK
         self._count -= 1
-        self._whole = None
         if not bucket and len(self._buckets) > 1:
             del self._buckets[index], self._sums[index]
 
@@ -158,8 +160,6 @@ class RangeIndex:
 
     def _packed_digest(self, low: int, high: int, salt: bytes) -> bytes:
         if (low, high) == (0, END):  # what every idle reconciliation compares
-            if self._whole is None:
-                self._whole = sum(self._sums) & _MASK
             count, total = self._count, self._whole
         else:
             count, total = self.count(low, high), self._total(low, high)
@@ -187,3 +187,4 @@ class RangeIndex:
         assert len(flat) == self._count
         for bucket, total in zip(self._buckets, self._sums, strict=True):
             assert _sum(bucket) == total
+        assert self._whole == sum(self._sums) & _MASK

@@ -157,10 +157,11 @@ class Beliefs:
 
     def witness(self, peer: PeerId, incarnation: int | None, now: float) -> None:
         """Take the word of member ``peer`` itself, in ``incarnation`` if it says so."""
-        self._heard.pop(peer, None)
-        self._heard[peer] = now
-        if len(self._heard) > MAX_HEARD:
-            del self._heard[next(iter(self._heard))]
+        heard = self._heard
+        heard.pop(peer, None)
+        heard[peer] = now
+        if len(heard) > MAX_HEARD:
+            del heard[next(iter(heard))]
         self.hinted.pop(peer, None)
         said = self._incarnations.get(peer, 0)
         if incarnation is not None and said < incarnation <= said + MAX_JUMP:

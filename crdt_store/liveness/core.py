@@ -175,7 +175,8 @@ class Swim:
         """Return when :meth:`poll` is due at the latest."""
         due = min(self._next_period, self._beliefs.suspicions.next_timeout())
         for probe in self._probes.values():
-            due = min(due, probe.ends)
+            if probe.ends < due:
+                due = probe.ends
         return due
 
     @property
@@ -193,11 +194,8 @@ class Swim:
             self._beliefs.suspicions.postpone(late)
             self._probes.clear()
             self._be_aware(+1)
-        for peer in self._beliefs.untried(now):
-            self._ask_last(peer, now)
-        for peer in self._beliefs.bury_due(now):
-            self._probes.pop(peer, None)
-            self.loads.forget(peer)
+        if now >= self._beliefs.suspicions.next_timeout():
+            self._end_suspicions(now)
         for peer in [p for p, probe in self._probes.items() if now >= probe.ends]:
             self._be_aware(+1)  # not even a relay's "no" came in time
             self._conclude(peer, now)
@@ -206,6 +204,13 @@ class Swim:
         self._use_extras(now)
         calls, self._out = self._out, []
         return calls
+
+    def _end_suspicions(self, now: float) -> None:
+        for peer in self._beliefs.untried(now):
+            self._ask_last(peer, now)
+        for peer in self._beliefs.bury_due(now):
+            self._probes.pop(peer, None)
+            self.loads.forget(peer)
 
     def _be_aware(self, change: int) -> None:
         self._awareness = min(max(self._awareness + change, 0), MAX_AWARENESS)

@@ -39,10 +39,18 @@ class Loads:
         now: float,
     ) -> None:
         """Note what ``sender`` heard of other ``members``."""
-        for report in reports:
-            peer = report.peer
-            if peer != sender and peer in members:
-                self.hear(peer, report.load, now - report.age_ms / 1000)
+        heard = self._heard
+        for report in reports:  # :meth:`hear` in line: nothing is called more often
+            peer, at = report.peer, now - report.age_ms / 1000
+            if peer == sender or peer not in members:
+                continue
+            held = heard.get(peer)
+            if held is None:
+                if len(heard) >= MAX_KEPT:
+                    del heard[next(iter(heard))]
+            elif held[0] >= at:
+                continue
+            heard[peer] = (at, report.load)
 
     def get(self, peer: PeerId, now: float) -> Load | None:
         """Return the load of ``peer``; None when it is unknown or too old."""
