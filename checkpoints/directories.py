@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -95,6 +96,17 @@ def disk_errors(where: Path) -> Iterator[None]:
             code="E_IO",
             next_step="check the path, its permissions and the disk",
         ) from exc
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock under which ``latest`` changes; waits for another save's rename."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def sync_directory(path: Path) -> None:

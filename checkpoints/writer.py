@@ -16,8 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +24,7 @@ from typing import Self
 from checkpoints.directories import (
     LATEST_NAME,
     disk_errors,
+    locked,
     step_path,
     sync_directory,
     write_synced,
@@ -216,7 +216,7 @@ class CheckpointWriter:
         The new ``latest`` is written before, so that a full disk refuses the step
         instead of leaving one that ``latest`` does not know.
         """
-        with _locked(self._directory):
+        with locked(self._directory):
             self._refuse_existing()
             latest = self._directory / f"{LATEST_NAME}.tmp"
             latest.unlink(missing_ok=True)
@@ -230,17 +230,6 @@ class CheckpointWriter:
             latest.rename(self._directory / LATEST_NAME)
             self._on_point("latest.renamed")
             sync_directory(self._directory)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock under which ``latest`` changes; waits for another save's rename."""
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def merge_parts(
