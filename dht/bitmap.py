@@ -15,6 +15,11 @@ def full(num_blocks: int) -> int:
     return (1 << num_blocks) - 1
 
 
+def span(begin: int, end: int) -> int:
+    """Return the set of blocks ``begin <= block < end``."""
+    return ((1 << (end - begin)) - 1) << begin
+
+
 def encode(bits: int, num_blocks: int) -> bytes:
     """Return ``bits`` as little-endian bytes, one bit per block."""
     return bits.to_bytes((num_blocks + 7) // 8, "little")

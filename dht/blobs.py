@@ -3,7 +3,7 @@
     data/<root>        complete, verified, never changed
     parts/<root>       still arriving (``partial.py``)
     manifests/<root>   encoded manifest; written before either of the above
-    pins/<root>        empty; keeps a blob from being collected
+    pins, keeps        who wants what (``keeps.py``); the rest may be collected
     incoming/*         being added; removed at the next start
 
 A blob becomes visible by the rename into ``data``, after every byte is on the disk.
@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dht import bitmap
-from dht.disk import E_DISK_FULL, disk_errors, sync_folder, write_durably
+from dht.disk import disk_errors, sync_folder, write_durably
 from dht.export import BlobReader, write_tree
 from dht.ingest import BlockWriter, directory_files
+from dht.keeps import Keeps
 from dht.manifest import (
     BlobManifest,
     BlobStat,
@@ -31,6 +32,7 @@ from dht.manifest import (
     encode_manifest,
 )
 from dht.partial import PartialBlob
+from dht.room import Room
 from fabric.core.digest import digest
 from fabric.core.errors import (
     ConfigError,
@@ -42,7 +44,7 @@ from fabric.core.errors import (
 from fabric.core.ids import BlobId
 
 E_NO_CONTENT = "E_NO_CONTENT"
-_FOLDERS = ("data", "parts", "manifests", "pins", "incoming")
+_FOLDERS = ("data", "parts", "manifests", "incoming")
 
 
 class BlobStore:
@@ -51,16 +53,20 @@ class BlobStore:
     Args:
         directory: Owned by this store; created if missing.
         max_bytes: Most bytes kept, complete and arriving together.
+
+    Attributes:
+        keeps: Who wants what.
+        room: What is used and what still fits.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._dir = directory
-        self._max_bytes = max_bytes
         self._lock = threading.RLock()
         self._open: dict[BlobId, PartialBlob] = {}
-        self._reserved = 0
         for folder in _FOLDERS:
             (directory / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.keeps = Keeps(directory)
+        self.room = Room(directory, max_bytes)
         self._drop_leftovers()
 
     def add_bytes(
@@ -207,26 +213,34 @@ class BlobStore:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def open_partial(self, root: BlobId, manifest: BlobManifest) -> PartialBlob:
+    def open_partial(
+        self, root: BlobId, manifest: BlobManifest, wanted_bytes: int | None = None
+    ) -> PartialBlob:
         """Start or resume receiving ``root``. Close it when done or interrupted.
+
+        Args:
+            root: What to receive.
+            manifest: Its manifest.
+            wanted_bytes: As much of it as is wanted, if not all.
 
         Raises:
             LocalProtocolError: complete, or being received already.
             ResourceExhausted: the store or the disk has no room for it.
         """
-        wanted, raw = encode_manifest(manifest)
-        if wanted != root:
+        named, raw = encode_manifest(manifest)
+        if named != root:
             raise IntegrityError(f"manifest does not match root {root[:12]}")
         part = self._path("parts", root)
         with self._lock:
             if root in self._open or self.has(root):
                 raise LocalProtocolError(f"{root[:12]} is here or being received")
-            if not part.exists():
-                self._require_room(manifest.size)
-            self._keep_manifest(root, raw)
+            wanted = manifest.size if wanted_bytes is None else wanted_bytes
+            self.room.promise(root, wanted)
             try:
+                self._keep_manifest(root, raw)
                 partial = PartialBlob(root, manifest, part)
             except ResourceExhausted:
+                self.room.forget(root)
                 part.unlink(missing_ok=True)
                 self._path("manifests", root).unlink(missing_ok=True)
                 raise
@@ -249,22 +263,24 @@ class BlobStore:
         """Close ``partial``; what it verified is kept for the next attempt."""
         with self._lock:
             self._open.pop(partial.root, None)
+            self.room.forget(partial.root)
         partial.close()
 
     def pin(self, root: BlobId) -> None:
         """Keep ``root`` when the store is collected."""
         self.raw_manifest(root)
-        self._path("pins", root).touch()
+        self.keeps.pin(root)
 
     def unpin(self, root: BlobId) -> None:
         """Let ``root`` be collected."""
-        self._path("pins", root).unlink(missing_ok=True)
+        self._path("data", root)  # refuses what is no root
+        self.keeps.unpin(root)
 
     def stat(self, root: BlobId) -> BlobStat:
         """Return the facts about ``root``; a part at rest counts as nothing held."""
         manifest = self.manifest(root)
         held = self.have_bitmap(root).bit_count()
-        pinned = self._path("pins", root).exists()
+        pinned = self.keeps.pinned(root)
         return BlobStat(
             root,
             manifest.name,
@@ -282,12 +298,23 @@ class BlobStore:
 
     def used_bytes(self) -> int:
         """Return the bytes kept or promised to parts."""
-        folders = (self._dir / "data", self._dir / "parts")
-        sizes = (p.stat().st_size for folder in folders for p in folder.iterdir())
-        return sum(sizes) + self._reserved
+        return self.room.used()
+
+    def remove(self, root: BlobId) -> bool:
+        """Remove ``root`` unless somebody wants it or it is being received.
+
+        Returns:
+            Whether it is gone. Who reads it at this moment reads on.
+        """
+        with self._lock:
+            if root in self._open or root in self.keeps.wanted():
+                return False
+            for folder in ("data", "parts", "manifests"):
+                self._path(folder, root).unlink(missing_ok=True)
+        return True
 
     def gc(self, keep_bytes: int = 0) -> list[BlobId]:
-        """Remove unpinned blobs until at most ``keep_bytes`` are used.
+        """Remove blobs that nobody wants until at most ``keep_bytes`` are used.
 
         Parts at rest go first, then the complete blobs used least recently.
         """
@@ -315,26 +342,22 @@ class BlobStore:
 
     def _collectable(self) -> list[Path]:
         """Return the removable files: resting parts, then data by last use."""
-        pinned = {p.name for p in (self._dir / "pins").iterdir()}
+        wanted = self.keeps.wanted()
         parts = [p for p in (self._dir / "parts").iterdir() if p.name not in self._open]
         data = list((self._dir / "data").iterdir())
         data.sort(key=lambda p: p.stat().st_mtime_ns)
-        return [p for p in parts + data if p.name not in pinned]
+        return [p for p in parts + data if p.name not in wanted]
 
     @contextmanager
     def _adding(self, size: int) -> Iterator[BlockWriter]:
         """Hold room for ``size`` bytes and a file to write; removed on any error."""
-        with self._lock:
-            self._require_room(size)
-            self._reserved += size
-        handle, name = tempfile.mkstemp(dir=self._dir / "incoming")
-        try:
-            with os.fdopen(handle, "wb", buffering=0) as file, disk_errors():
-                yield BlockWriter(file, Path(name))
-        finally:
-            Path(name).unlink(missing_ok=True)
-            with self._lock:
-                self._reserved -= size
+        with self.room.reserved(size):
+            handle, name = tempfile.mkstemp(dir=self._dir / "incoming")
+            try:
+                with os.fdopen(handle, "wb", buffering=0) as file, disk_errors():
+                    yield BlockWriter(file, Path(name))
+            finally:
+                Path(name).unlink(missing_ok=True)
 
     def _finish_add(
         self,
@@ -358,22 +381,6 @@ class BlobStore:
             self._keep_manifest(root, raw)
             self._publish(writer.path, root)
         return root
-
-    def _require_room(self, size: int) -> None:
-        used = self.used_bytes()
-        if used + size > self._max_bytes:
-            raise ResourceExhausted(
-                f"content store holds {used} B of {self._max_bytes} B; "
-                f"no room for {size} B",
-                next_step="raise content.max_bytes",
-            )
-        free = shutil.disk_usage(self._dir).free
-        if free < size:
-            raise ResourceExhausted(
-                f"disk has {free} B free, {size} B needed",
-                code=E_DISK_FULL,
-                next_step="free disk space, then try again",
-            )
 
     def _keep_manifest(self, root: BlobId, raw: bytes) -> None:
         path = self._path("manifests", root)

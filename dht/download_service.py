@@ -132,7 +132,7 @@ class Download:
             waited = trio.current_time() - self._alone_since
         return Progress(
             self._swarm.num_held,
-            self._swarm.num_blocks,
+            self._swarm.num_wanted,
             len(self._swarm.peers),
             waited,
         )
@@ -211,7 +211,7 @@ class Download:
             self._partial.root[:12],
             short(peer),
             self._swarm.num_held,
-            self._swarm.num_blocks,
+            self._swarm.num_wanted,
             why.reason,
         )
 
@@ -291,7 +291,7 @@ class Download:
     def _incomplete(self, why: str) -> Unavailable:
         root = self._partial.root
         return Unavailable(
-            f"{self._swarm.num_held} of {self._swarm.num_blocks} blocks of "
+            f"{self._swarm.num_held} of {self._swarm.num_wanted} blocks of "
             f"{root[:12]} are here; {why}",
             code="E_NO_CONTENT",
             next_step="try again, what arrived is kept; "

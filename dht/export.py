@@ -43,6 +43,29 @@ class BlobReader:
         return bytes(buffer)
 
 
+def write_sparse(reader: BlobReader, target: Path, blocks: int) -> None:
+    """Write the blob's files as the new directory ``target``, with holes.
+
+    Every file has its size; only ``blocks`` (a bitmap) are written, each verified.
+    """
+    target.mkdir(parents=True)
+    for entry in reader.manifest.entries:
+        path = target / entry.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first, end = entry.offset // BLOCK_BYTES, entry.offset + entry.size
+        with path.open("xb") as file:
+            file.truncate(entry.size)
+            for index in range(first, -(-end // BLOCK_BYTES)):
+                if blocks >> index & 1:
+                    at = index * BLOCK_BYTES
+                    skip = max(0, entry.offset - at)
+                    data = reader.read_verified(index)[skip : end - at]
+                    file.seek(at + skip - entry.offset)
+                    file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def write_tree(reader: BlobReader, target: Path) -> None:
     """Write the blob as the new file or directory ``target``, every block verified.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -91,11 +92,26 @@ class PartialBlob:
 
     def _verify(self) -> None:
         buffer = bytearray(BLOCK_BYTES)
-        for index, wanted in enumerate(self.manifest.hashes):
+        for index in bitmap.members(self._written()):
+            wanted = self.manifest.hashes[index]
             view = memoryview(buffer)[: self.manifest.block_bytes(index)]
             got = os.preadv(self._fd, [view], index * BLOCK_BYTES)
             if got == len(view) and digest(view) == wanted:
                 self._have |= 1 << index
+
+    def _written(self) -> int:
+        """Return the blocks that the file may hold: holes in it were never written."""
+        found, at = 0, 0
+        while at < self.manifest.size:
+            try:
+                begin = os.lseek(self._fd, at, os.SEEK_DATA)
+                at = os.lseek(self._fd, begin, os.SEEK_HOLE)
+            except OSError as exc:
+                if exc.errno == errno.ENXIO:
+                    break  # nothing but a hole from here on
+                return bitmap.full(self.manifest.num_blocks)
+            found |= bitmap.span(begin // BLOCK_BYTES, -(-at // BLOCK_BYTES))
+        return found
 
 
 def _pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

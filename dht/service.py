@@ -25,6 +25,8 @@ from dht.messages import (
     Message,
     NotHere,
 )
+from dht.part_service import PartialContent, blocks_bytes
+from dht.partial import PartialBlob
 from dht.progress import Progress
 from dht.providers import MAX_PROVIDERS, Announcements, usable_providers
 from dht.swarm import Swarm
@@ -119,53 +121,105 @@ class ContentService:
             IntegrityError: every peer's manifest is another content's.
             ResourceExhausted: no room; see its next step.
         """
+        async with self._alone(root):
+            if await trio.to_thread.run_sync(self._blobs.has, root):
+                return root
+            with collapse_group():
+                async with self._receiving(root, tuple(peers)) as part:
+                    await part.need([(0, part.manifest.size)])
+        return root
+
+    @asynccontextmanager
+    async def partly(
+        self, root: BlobId, peers: Iterable[PeerId] = ()
+    ) -> AsyncIterator[PartialContent]:
+        """Open ``root`` for some of its blocks; what is not here comes from others.
+
+        What arrived is kept for the next time, until the store needs the room.
+
+        Raises:
+            Unavailable: no reachable peer knows it.
+            IntegrityError: every peer's manifest is another content's.
+        """
+        async with self._alone(root):
+            if await trio.to_thread.run_sync(self._blobs.has, root):
+                manifest = await trio.to_thread.run_sync(self._blobs.manifest, root)
+                yield PartialContent(self._blobs, root, manifest, _all_here)
+                return
+            with collapse_group():
+                async with self._receiving(root, tuple(peers)) as part:
+                    yield part
+
+    @asynccontextmanager
+    async def _alone(self, root: BlobId) -> AsyncIterator[None]:
+        """Be the only one to receive ``root`` while inside."""
         while root in self._fetching:
             await self._fetching[root].wait()
         # no await between the look and the entry, or two fetches would start
         finished = self._fetching[root] = trio.Event()
         try:
-            if await trio.to_thread.run_sync(self._blobs.has, root):
-                return root
-            with collapse_group():
-                await self._download(root, tuple(peers))
+            yield
         finally:
             finished.set()
             del self._fetching[root]
-        self._announcements.add(root, trio.current_time())
-        self._added.set()
-        return root
 
     def progress(self, root: BlobId) -> Progress | None:
         """Return how far the fetch of ``root`` is, or None when no block is fetched."""
         download = self._downloads.get(root)
         return None if download is None else download.progress()
 
-    async def _download(self, root: BlobId, given: tuple[PeerId, ...]) -> None:
+    @asynccontextmanager
+    async def _receiving(
+        self, root: BlobId, given: tuple[PeerId, ...]
+    ) -> AsyncIterator[PartialContent]:
+        """Receive blocks of ``root`` while inside; complete, it becomes content."""
+
         async def search() -> list[PeerId]:
             return await self._find(root, given)
 
         manifest = await self._manifest(root, search)
-        found = await search()
         partial = await trio.to_thread.run_sync(
-            self._blobs.open_partial, root, manifest
+            self._blobs.open_partial, root, manifest, 0
         )
+
+        async def download(blocks: int) -> None:
+            await self._download(partial, blocks, search)
+
         try:
+            yield PartialContent(self._blobs, root, manifest, download)
+        finally:
+            self._blobs.release(partial)
+            if not (partial.have or self._blobs.has(root)):
+                self._blobs.remove(root)
+
+    async def _download(
+        self, partial: PartialBlob, blocks: int, search: Search
+    ) -> None:
+        root, num_blocks = partial.root, partial.manifest.num_blocks
+        if blocks & ~partial.have:
+            wanted = blocks_bytes(partial.manifest, blocks | partial.have)
+            await trio.to_thread.run_sync(self._blobs.room.promise, root, wanted)
             swarm = Swarm(
-                manifest.num_blocks,
+                num_blocks,
                 held=partial.have,
+                skipped=bitmap.full(num_blocks) & ~blocks,
                 rng=self._rng,
                 window=self._config.window_blocks,
                 timeout=self._config.block_timeout_seconds,
             )
+            found = await search()
             download = Download(
                 self._net, partial, swarm, search, self._config, self._counters
             )
             self._downloads[root] = download
-            await download.run(found)
+            try:
+                await download.run(found)
+            finally:
+                del self._downloads[root]
+        if partial.complete and not self._blobs.has(root):
             await trio.to_thread.run_sync(self._blobs.finish, partial)
-        finally:
-            self._downloads.pop(root, None)
-            self._blobs.release(partial)
+            self._announcements.add(root, trio.current_time())
+            self._added.set()
 
     async def _manifest(self, root: BlobId, search: Search) -> BlobManifest:
         with suppress(Unavailable):  # left by an interrupted fetch
@@ -223,6 +277,10 @@ class ContentService:
         except Unavailable:
             return NotHere()
         return Have(bitmap.encode(self._blobs.have_bitmap(root), num_blocks))
+
+
+async def _all_here(blocks: int) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 def _asked(request: bytes) -> BlobId:

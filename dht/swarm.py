@@ -54,6 +54,7 @@ class Swarm:
     Args:
         num_blocks: Blocks of the blob.
         held: Bitmap of those already here.
+        skipped: Bitmap of those that nobody wants.
         rng: Source of every random choice.
         window: Blocks in flight per peer.
         timeout: Seconds of silence after which a peer is stalled.
@@ -64,11 +65,14 @@ class Swarm:
         num_blocks: int,
         *,
         held: int = 0,
+        skipped: int = 0,
         rng: random.Random,
         window: int = WINDOW,
         timeout: float = 30.0,
     ) -> None:
         self.num_blocks = num_blocks
+        self._num_skipped = (skipped & ~held).bit_count()
+        held |= skipped
         self._held = held
         self._rng = rng
         self._window = window
@@ -90,8 +94,13 @@ class Swarm:
 
     @property
     def num_held(self) -> int:
-        """Blocks here."""
-        return self._held.bit_count()
+        """Wanted blocks that are here."""
+        return self._held.bit_count() - self._num_skipped
+
+    @property
+    def num_wanted(self) -> int:
+        """Blocks that are wanted."""
+        return self.num_blocks - self._num_skipped
 
     @property
     def peers(self) -> frozenset[PeerId]:

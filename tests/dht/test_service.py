@@ -333,7 +333,7 @@ async def test_a_partial_holder_serves_what_it_has(mesh):
 async def test_a_full_store_is_the_callers_error(mesh):
     (seed,), root = await seeds(mesh, 1)
     leech = await mesh.join("leech")
-    leech.blobs._max_bytes = 1 << 20
+    leech.blobs.room.max_bytes = 1 << 20
     with trio.fail_after(10), pytest.raises(ResourceExhausted):
         await leech.content.fetch(root, [seed.own])
     assert leech.blobs.ls() == []
