@@ -1,9 +1,10 @@
 """Seven real daemons against what the simulator says of seven peers.
 
 Bytes are what the kernel counted on the daemons' TCP connections, all planes together,
-less what they send when nobody writes. Pushes wait two seconds here, in daemons and
-simulation alike: so the time until everybody has a write is the store's, not the
-scheduler's of a busy machine.
+less what they send when nobody writes. Windows end when daemons have reconciled so many
+times, or when everybody has a write: nothing waits for time to pass. Pushes wait two
+seconds here, in daemons and simulation alike: so the time until everybody has a write
+is the store's, not the scheduler's of a busy machine.
 """
 
 from __future__ import annotations
@@ -17,14 +18,23 @@ import time
 import pytest
 
 from crdt_store.config import StoreConfig
+from fabric.app.control_messages import StatusView
 from sims.local import wait_until
 from sims.prediction import predict
 
 NAMES = [f"peer-{i}" for i in range(7)]
 STORE = StoreConfig(push_batch_seconds=2.0)
 SETTINGS = ("train.worker_threads=1", "store.push_batch_seconds=2.0")
-WRITES, EVERY_SECONDS = 40, 0.5
+WRITES, EVERY_SECONDS = 12, 3.0
+"""Of the simulation: so far apart that each write is alone, as it is here."""
+QUIET_ROUNDS = 4
+"""Reconciliations that each daemon starts, a period of 5 s apart."""
+CALM_ROUNDS = 12
+CALM_BYTES_PER_SECOND = 6000
+ROUND_SECONDS = 20.0
 TOLERANCE = 0.25
+SYNCS = "store_syncs_total"
+"""What counts the reconciliations that a daemon started."""
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
 
@@ -45,11 +55,31 @@ def sent_bytes(mesh) -> dict[tuple[str, str], int]:
     return found
 
 
-def sent_during(mesh, action) -> int:
-    """Bytes that all daemons send while ``action`` runs."""
-    before = sent_bytes(mesh)
-    action()
-    return sum(now - before.get(at, 0) for at, now in sent_bytes(mesh).items())
+class Window:
+    """Bytes that all daemons sent, and seconds, since it was opened."""
+
+    def __init__(self, mesh) -> None:
+        self._mesh, self._before = mesh, sent_bytes(mesh)
+        self._started = time.monotonic()
+
+    def close(self) -> tuple[int, float]:
+        sent = sent_bytes(self._mesh)
+        grown = sum(now - self._before.get(at, 0) for at, now in sent.items())
+        return grown, time.monotonic() - self._started
+
+
+def views_of(mesh) -> list[StatusView]:
+    return [mesh.client(name).status() for name in NAMES]
+
+
+def await_rounds(mesh, rounds: int) -> None:
+    """Return once each daemon has reconciled ``rounds`` more times."""
+    wanted = {v.peer: v.counters.get(SYNCS, 0) + rounds for v in views_of(mesh)}
+
+    def done() -> bool:
+        return all(v.counters.get(SYNCS, 0) >= wanted[v.peer] for v in views_of(mesh))
+
+    wait_until(done, rounds * ROUND_SECONDS, f"{rounds} rounds", poll=0.5)
 
 
 def spread_seconds(mesh) -> float:
@@ -66,6 +96,19 @@ def spread_seconds(mesh) -> float:
     return time.monotonic() - started
 
 
+def await_calm(mesh) -> None:
+    """Return once two rounds in a row find little traffic: joining is over."""
+    quiet = 0
+    for _ in range(CALM_ROUNDS):
+        window = Window(mesh)
+        await_rounds(mesh, 1)
+        sent, seconds = window.close()
+        quiet = quiet + 1 if sent < CALM_BYTES_PER_SECOND * seconds else 0
+        if quiet == 2:
+            return
+    pytest.fail("the mesh never calmed down")
+
+
 @pytest.mark.skipif(shutil.which("ss") is None, reason="needs ss (iproute2)")
 def test_bytes_and_time_of_writes_are_as_predicted(mesh):
     mesh.start_all(NAMES, SETTINGS)
@@ -75,36 +118,23 @@ def test_bytes_and_time_of_writes_are_as_predicted(mesh):
         mesh.client(name).join(token)
 
     def linked() -> bool:
-        views = [mesh.client(name).status() for name in NAMES]
-        return all(sum(p.connected for p in view.peers) >= 6 for view in views)
+        return all(sum(p.connected for p in v.peers) >= 6 for v in views_of(mesh))
 
     wait_until(linked, 60, "all links")
-    settled(mesh)
-    seconds = WRITES * EVERY_SECONDS + STORE.push_batch_seconds + 1
-
-    def write() -> None:
-        started = time.monotonic()
-        for at in range(WRITES):
-            mesh.client(NAMES[0]).invite(uses=1)
-            time.sleep(max(0.0, started + (at + 1) * EVERY_SECONDS - time.monotonic()))
-        time.sleep(max(0.0, started + seconds - time.monotonic()))
-
-    quiet = sent_during(mesh, lambda: time.sleep(seconds))
-    busy = sent_during(mesh, write)
-    per_write = (busy - quiet) / WRITES
-    spread = statistics.median(spread_seconds(mesh) for _ in range(3))
+    await_calm(mesh)
+    window = Window(mesh)
+    await_rounds(mesh, QUIET_ROUNDS)
+    quiet, seconds = window.close()
+    window = Window(mesh)
+    spreads = [spread_seconds(mesh) for _ in range(WRITES)]
+    await_rounds(mesh, 1)  # what writes change about the next one is theirs
+    busy, lasted = window.close()
+    per_write = (busy - quiet / seconds * lasted) / WRITES
+    spread = statistics.median(spreads)
     predicted = predict(len(NAMES), WRITES, EVERY_SECONDS, STORE)
-    print(f"\nper write {per_write:.0f} B, spread {spread:.2f} s; {predicted}")
+    print(
+        f"\nper write {per_write:.0f} B, spread {spread:.2f} s,"
+        f" idle {quiet / seconds / len(NAMES):.0f} B/s and peer; {predicted}"
+    )
     assert per_write == pytest.approx(predicted.bytes_per_write, rel=TOLERANCE)
     assert spread == pytest.approx(predicted.spread_seconds, rel=TOLERANCE)
-
-
-def settled(mesh) -> None:
-    """Wait until two looks in a row find little traffic: joining is over."""
-    quiet = 0
-    for _ in range(20):
-        sent = sent_during(mesh, lambda: time.sleep(3.0))
-        quiet = quiet + 1 if sent < 30_000 else 0
-        if quiet == 2:
-            return
-    pytest.fail("the mesh never calmed down")
