@@ -13,7 +13,7 @@ met, so that whoever walks it needs no care.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
 
 import msgspec
@@ -310,8 +310,8 @@ class _Machine:
         if not isinstance(named, Global) or type(args) is not tuple:
             raise refuse("a call of what is no name")
         make = CALLS.get(named)
-        # the argument may be a container that is copied
-        self._charge(_OBJECT + sum(100 * len(a) for a in args if _is_sized(a)))
+        sized = [each for each in args if isinstance(each, Sized)]  # may be copied
+        self._charge(_OBJECT + sum(100 * len(each) for each in sized))
         if make is None:
             self._push(Record(named, args))
             return
@@ -320,9 +320,6 @@ class _Machine:
         except TypeError as exc:
             raise refuse(f"{named} with {len(args)} arguments", _DAMAGED) from exc
         self._push(result)
-
-    def new(self) -> None:
-        self.call()
 
     def new_with_keywords(self) -> None:
         keywords = self._stack.pop()
@@ -341,10 +338,6 @@ class _Machine:
 
     def reference(self) -> None:
         self._push(storage_of(self._stack.pop()), _OBJECT)
-
-
-def _is_sized(value: object) -> bool:
-    return isinstance(value, list | tuple | dict | str | bytes)
 
 
 _U1, _U2, _U4, _U8 = (struct.Struct(f"<{code}") for code in "BHIQ")
@@ -394,7 +387,7 @@ _INSTRUCTIONS: Mapping[int, Callable[[_Machine], None]] = {
     ord("c"): _Machine.name_lines,
     0x93: _Machine.name_stacked,
     ord("R"): _Machine.call,
-    0x81: _Machine.new,
+    0x81: _Machine.call,
     0x92: _Machine.new_with_keywords,
     ord("b"): _Machine.build,
     ord("Q"): _Machine.reference,
