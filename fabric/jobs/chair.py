@@ -144,7 +144,7 @@ class Chair:
             missing,
             self._ledger.totals(),
         )
-        for peer in others if to is None else others & {to}:
+        for peer in sorted(others if to is None else others & {to}):
             self._outbox.put(peer, "beat", beat, now)
 
     def decide(self, now: float) -> None:

@@ -95,7 +95,7 @@ class Tally:
             dead = next(
                 (
                     electorate
-                    for electorate in living
+                    for electorate in sorted(living, key=sorted)
                     if electorate != self._base and self._is_dead(electorate, living)
                 ),
                 None,

@@ -67,12 +67,30 @@ def test_another_seed_is_another_run():
     assert run(1) == run(1) != run(2)
 
 
+IDLE = """\
+nodes = 60
+connections = 48
+converged_start = true
+liveness = true
+fault_seconds = 150
+[churn]
+every_seconds = 10
+[writes]
+refresh = true
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_with_different_hashing_log_the_same_events():
+@pytest.mark.parametrize("name", ["convergence", "coordinator", "idle"])
+def test_two_processes_with_different_hashing_log_the_same_events(tmp_path, name):
+    file = Path(name)
+    if name == "idle":
+        file = tmp_path / "idle.toml"
+        file.write_text(IDLE)
     hashes = set()
-    for hash_seed in ("1", "4711"):
-        argv = [sys.executable, "-m", "fabric.app.cli", "sim", "run", "convergence"]
-        argv += ["--seed", "3", "--nodes", "6", "--json"]
+    for hash_seed in ("1", "2"):  # two orders of the sets of peers, in all scenarios
+        argv = [sys.executable, "-m", "fabric.app.cli", "sim", "run", str(file)]
+        argv += ["--seed", "5", "--nodes", "60" if name == "idle" else "6", "--json"]
         environ = os.environ | {"PYTHONHASHSEED": hash_seed}
         done = subprocess.run(argv, env=environ, capture_output=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
