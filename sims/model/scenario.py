@@ -142,8 +142,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Attributes:
         summary: For people.
         nodes: Peers at the start.
-        connections: Live connections per peer; 0: with everybody, as the daemon keeps
-            them in a mesh of up to a thousand.
+        connections: Standing connections per peer, ``mesh.max_neighbours`` of the
+            daemon; 0: with everybody.
         converged_start: Everybody starts with the same, complete state.
         fault_seconds: Length of the phase with faults and writes.
         settle_seconds: Longest time to agree afterwards.

@@ -18,6 +18,7 @@ from sims.engine.event_log import EventLog
 from sims.engine.queue import Engine
 from sims.model.gossip import Flood, Gossip
 from sims.model.network import Network
+from sims.peers.connections import Connections
 from sims.peers.exchange import Exchange
 from sims.peers.node import Node
 from sims.peers.vitals import Vitals
@@ -68,11 +69,9 @@ class Mesh:
         self.numbers: dict[PeerId, int] = {}
         self.vitals: Vitals | None = None
         self.down_since: dict[int, float] = {}
-        self._connections = connections
+        self._connections = Connections(connections)
+        self._connections_epoch = -1
         self._rng = rng_faults
-        self._neighbours: list[frozenset[PeerId]] = []
-        self._reach: dict[int, frozenset[PeerId]] = {}
-        self._reach_epoch = -1
 
     # --- peers come and go
 
@@ -103,21 +102,22 @@ class Mesh:
         self.log.write(self.engine.now, f"down {node.number}")
 
     def look_soon(self) -> None:
-        """Have everybody notice that connections came or went."""
+        """Have those notice whose connections came or went."""
+        changed = self._all_connections().take_changed()
         for node in self.nodes:
-            if self.network.online[node.number]:
+            if node.peer in changed and self.network.online[node.number]:
                 late = _DIAL_SECONDS * (0.5 + node.poll_phase)
                 self.engine.after(late, self._consult, node, node.generation)
 
     def connected(self, node: Node) -> frozenset[PeerId]:
         """Return whom ``node`` has a connection with now."""
-        if self._reach_epoch != self.network.epoch:
-            self._reach_epoch = self.network.epoch
-            self._reach = self._sides()
-        reach = self._reach.get(self.network.side[node.number], frozenset())
-        if self._connections:
-            reach &= self._overlay(node)
-        return frozenset() if node.barred else reach - {node.peer}
+        return self._all_connections().of(node.peer, self.network.side[node.number])
+
+    def _all_connections(self) -> Connections:
+        if self._connections_epoch != self.network.epoch:
+            self._connections_epoch = self.network.epoch
+            self._connections.set_sides(self._sides())
+        return self._connections
 
     def _sides(self) -> dict[int, frozenset[PeerId]]:
         sides: dict[int, set[PeerId]] = {}
@@ -126,19 +126,6 @@ class Mesh:
                 side = self.network.side[node.number]
                 sides.setdefault(side, set()).add(node.peer)
         return {side: frozenset(peers) for side, peers in sides.items()}
-
-    def _overlay(self, node: Node) -> frozenset[PeerId]:
-        """Return with whom ``node`` keeps connections: a ring with random chords."""
-        while len(self._neighbours) < len(self.nodes):
-            self._neighbours.append(frozenset())
-        held = self._neighbours[node.number]
-        if not held:
-            size = len(self.nodes)
-            number = min(self._connections, size)
-            chosen = [self._rng.randrange(size) for _ in range(number)]
-            held = frozenset(self.nodes[n].peer for n in chosen)
-            self._neighbours[node.number] = held
-        return held
 
     # --- reconciliation
 

@@ -90,7 +90,7 @@ def test_two_processes_with_different_hashing_log_the_same_events(tmp_path, name
     hashes = set()
     for hash_seed in ("1", "2"):  # two orders of the sets of peers, in all scenarios
         argv = [sys.executable, "-m", "fabric.app.cli", "sim", "run", str(file)]
-        argv += ["--seed", "5", "--nodes", "60" if name == "idle" else "6", "--json"]
+        argv += ["--seed", "5", "--nodes", "60" if name == "idle" else "7", "--json"]
         environ = os.environ | {"PYTHONHASHSEED": hash_seed}
         done = subprocess.run(argv, env=environ, capture_output=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
