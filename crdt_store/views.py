@@ -36,6 +36,9 @@ DAY_SECONDS = 86400
 MEMBER_TTL_SECONDS = DAY_SECONDS
 PLACEMENT_TTL_SECONDS = 6 * 3600
 HEAD_TTL_SECONDS = 30 * DAY_SECONDS
+RETIRED_TTL_SECONDS = DAY_SECONDS
+"""A retired head hides the older one from peers that were away, then goes as well."""
+MAX_PIECES = 32
 VERDICT_TTL_SECONDS = 30 * DAY_SECONDS
 
 Text = Annotated[str, msgspec.Meta(max_length=200)]
@@ -191,34 +194,62 @@ class CheckpointHead(msgspec.Struct, frozen=True, kw_only=True):
         bytes: Size of all files.
         round: Outer round whose end it holds.
         writer: Peer that wrote it.
+        copies: Peers that should hold it.
+        keep: As many of the newest steps stay; 0: all.
+        erasure: "k+m" if any k of ``pieces`` restore it.
+        pieces: Roots of the pieces, in order; empty until they are made.
     """
 
     root: Annotated[str, msgspec.Meta(max_length=64)]
     bytes: Count
     round: Count
     writer: Annotated[PeerId, msgspec.Meta(max_length=64)]
+    copies: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    keep: Count = 0
+    erasure: Annotated[str, msgspec.Meta(max_length=8)] = ""
+    pieces: Annotated[
+        tuple[Annotated[str, msgspec.Meta(min_length=64, max_length=64)], ...],
+        msgspec.Meta(max_length=MAX_PIECES),
+    ] = ()
 
 
 _HEAD: Values[CheckpointHead] = Values(CheckpointHead)
 
 
 class Heads(View):
-    """Checkpoints by run and step.
+    """Checkpoints by run and step; the newest ``keep`` of a run stay.
 
     If authors disagree about a step, the root most of them published stands, and among
-    equals the latest.
+    equals the latest. A head without a root says that its author retired the step.
     """
 
     table = "c"
 
     async def put(self, run: str, step: int, head: CheckpointHead) -> None:
-        """Publish a checkpoint."""
+        """Publish a checkpoint, then retire those of ours that it pushes out."""
         key = f"c/{segment(run)}/{step:d}"
         await self._put(key, _HEAD.encode(head), HEAD_TTL_SECONDS)
+        stay = self.newest(run).keys()
+        gone = _HEAD.encode(CheckpointHead(root="", bytes=0, round=0, writer=self._me))
+        for entry in self._slots.under(f"c/{segment(run)}/"):
+            retired = entry.peer == self._me and entry.value != gone
+            if retired and int(entry.key.rsplit("/", 1)[1]) not in stay:
+                await self._put(entry.key, gone, RETIRED_TTL_SECONDS)
 
     def latest(self, run: str) -> tuple[int, CheckpointHead] | None:
         """Return (step, head) of the greatest step."""
         return max(self.all(run).items(), key=lambda item: item[0], default=None)
+
+    def newest(self, run: str) -> dict[int, CheckpointHead]:
+        """Return the heads that stay: as many as the newest of them says."""
+        found = self.all(run)
+        steps = sorted(found, reverse=True)
+        keep = found[steps[0]].keep if steps else 0
+        return {step: found[step] for step in (steps[:keep] if keep else steps)}
+
+    def runs(self) -> list[str]:
+        """Return the runs that have, or had, a head."""
+        return sorted({e.key.split("/")[1] for e in self._slots.under("c/")})
 
     def all(self, run: str) -> dict[int, CheckpointHead]:
         """Return the heads by step."""
@@ -226,7 +257,7 @@ class Heads(View):
         for entry in self._slots.under(f"c/{segment(run)}/"):
             step = entry.key.rsplit("/", 1)[1]
             head = _HEAD.read(entry)
-            if head is not None and step.isascii() and step.isdigit():
+            if head is not None and head.root and step.isascii() and step.isdigit():
                 by_step[int(step)].append((entry, head))
         return {step: _agreed(found) for step, found in sorted(by_step.items())}
 

@@ -1,0 +1,1 @@
+"""Checkpoints among peers: see ARCHITECTURE.md."""

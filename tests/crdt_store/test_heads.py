@@ -1,0 +1,43 @@
+"""Which checkpoints of a run stay, and what is left of those that do not."""
+
+import trio
+
+from crdt_store.views import CheckpointHead
+from tests.crdt_store.peers import until
+
+
+def head(step, *, keep=0, root="", **other):
+    root = root or f"{step:064x}"
+    return CheckpointHead(root=root, bytes=1, round=step, writer="w", keep=keep, **other)
+
+
+async def test_the_newest_steps_stay_and_a_writer_retires_its_own(
+    peers, world, autojump_clock
+):
+    one, other = [await peers.open(signer) for signer in world.workers[:2]]
+    for step in range(1, 8):
+        writer = one if step % 2 else other
+        await until(lambda at=step: len(writer.heads.all("run")) >= min(at - 1, 3))
+        await writer.heads.put("run", step, head(step, keep=3))
+        with trio.fail_after(20):
+            await until(lambda: one.state_hash() == other.state_hash())
+    for store in (one, other):
+        assert list(store.heads.newest("run")) == [7, 6, 5]
+        assert store.heads.latest("run")[0] == 7
+        assert store.heads.runs() == ["run"]
+        # each retires its own when it writes, so one more may still be seen
+        assert set(store.heads.all("run")) <= {4, 5, 6, 7}
+
+
+async def test_without_a_bound_all_stay_and_pieces_come_later(
+    peers, world, autojump_clock
+):
+    store = await peers.open(world.workers[0])
+    for step in range(4):
+        await store.heads.put("run", step, head(step))
+    assert sorted(store.heads.newest("run")) == [0, 1, 2, 3]
+    pieces = tuple(f"{n:064x}" for n in range(6))
+    whole = head(3, erasure="4+2", pieces=pieces)
+    await store.heads.put("run", 3, whole)
+    assert store.heads.all("run")[3] == whole
+    assert store.heads.newest("other") == {}
