@@ -12,9 +12,8 @@ never mix with the public DHT: KadDHT is given a view of the host that renames i
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -39,6 +38,7 @@ from fabric.net.config import RoutingConfig
 from fabric.net.host import PeerConnected, PeerEvent
 from fabric.net.libp2p_host import Libp2pHost
 from fabric.net.libp2p_stream import forget
+from fabric.net.lookup import MAX_PEER_ADDRS, Walk
 from fabric.net.protocols import KAD_PROTOCOL
 from fabric.net.tasks import collapse_group
 
@@ -48,40 +48,8 @@ KEY_BYTES = 32
 """Length of a content key."""
 MAX_ANSWER_BYTES = 256 * 1024
 """Largest answer: 20 peers and 20 providers with their addresses."""
-MAX_KNOWN_PEERS = 1000
-"""Peers a walk may collect: a liar can name endless ones."""
-MAX_PEER_ADDRS = 16
-"""Addresses of one peer that are kept."""
 MAX_PACED_PEERS = 4096
 """Peers whose pacing is remembered."""
-
-
-class _Walk:
-    """One search towards a key: who is known, who was asked, what they said."""
-
-    def __init__(self, key: bytes, local: PeerId) -> None:
-        self.key = key
-        self.local = local
-        self.known: dict[PeerId, tuple[str, ...]] = {}
-        self.asked: set[PeerId] = set()
-        self.answered: set[PeerId] = set()
-        self.providers: dict[PeerId, None] = {}
-
-    def learn(self, peer: PeerId, addrs: Sequence[str]) -> None:
-        """Remember a peer, unless it is ourselves or there are too many."""
-        if peer != self.local and len(self.known) < MAX_KNOWN_PEERS:
-            self.known.setdefault(peer, tuple(addrs[:MAX_PEER_ADDRS]))
-
-    def next_batch(self, replicas: int, parallel: int) -> list[PeerId]:
-        """Return the nearest peers not asked yet, among the ``replicas`` nearest."""
-        alive = (p for p in self.known if p not in self.asked or p in self.answered)
-        nearest = self.nearest(alive, replicas)
-        return [p for p in nearest if p not in self.asked][:parallel]
-
-    def nearest(self, peers: Iterable[PeerId], count: int) -> list[PeerId]:
-        """Return the ``count`` of ``peers`` that are nearest to the key."""
-        target = int.from_bytes(hashlib.sha256(self.key).digest(), "big")
-        return sorted(peers, key=lambda peer: _position(peer) ^ target)[:count]
 
 
 class Libp2pRouting:
@@ -120,11 +88,11 @@ class Libp2pRouting:
         walk.providers.pop(self._host.peer_id, None)
         return tuple(walk.providers)[:limit]
 
-    async def _walk(self, key: bytes, enough: int | None) -> _Walk:
+    async def _walk(self, key: bytes, enough: int | None) -> Walk:
         """Ask nearer and nearer peers until none is nearer, or ``enough`` is found."""
         if len(key) != KEY_BYTES:
             raise ValueError(f"key of {len(key)} B, not {KEY_BYTES}")
-        walk = _Walk(key, self._host.peer_id)
+        walk = Walk(key, self._host.peer_id)
         for peer in self._host.connected():
             walk.learn(peer, ())
         for known in self._dht.routing_table.find_local_closest_peers(
@@ -134,19 +102,19 @@ class Libp2pRouting:
         for info in self._dht.provider_store.get_providers(key):
             walk.providers[PeerId(str(info.peer_id))] = None  # others gave us these
         while batch := walk.next_batch(self._config.replicas, self._config.parallel):
-            if enough is not None and len(walk.providers) > enough:
+            if walk.has_found(enough):
                 break
             async with trio.open_nursery() as nursery:
                 for peer in batch:
                     nursery.start_soon(self._visit, walk, peer)
         return walk
 
-    async def _visit(self, walk: _Walk, peer: PeerId) -> None:
+    async def _visit(self, walk: Walk, peer: PeerId) -> None:
         walk.asked.add(peer)
-        walk.providers |= dict.fromkeys(await self._ask(walk, peer, announce=False))
+        await self._ask(walk, peer, announce=False)
 
     async def _ask(
-        self, walk: _Walk, peer: PeerId, *, announce: bool
+        self, walk: Walk, peer: PeerId, *, announce: bool
     ) -> tuple[PeerId, ...]:
         """Return the providers that ``peer`` names; none if it does not answer."""
         try:
@@ -161,7 +129,7 @@ class Libp2pRouting:
             log.debug("kad.no_answer peer=%s error=%r", short(peer), exc)
             self._dht.routing_table.remove_peer(ID.from_base58(peer))
             return ()
-        walk.answered.add(peer)
+        walk.hear(peer, () if announce else providers)
         return tuple(providers)
 
     async def _exchange(self, key: bytes, peer: PeerId, *, announce: bool) -> Message:
@@ -238,11 +206,6 @@ class _KadView:
         if list(protocol_ids) != [STOCK_PROTOCOL]:
             raise RemoteProtocolError(f"not for Kademlia: {list(protocol_ids)}")
         return await self._host.open_raw(PeerId(str(peer_id)), KAD_PROTOCOL)
-
-
-def _position(peer: PeerId) -> int:
-    identity = ID.from_base58(peer).to_bytes()
-    return int.from_bytes(hashlib.sha256(identity).digest(), "big")
 
 
 def _peer_of(record: Message.Peer) -> PeerId:
