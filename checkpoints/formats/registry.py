@@ -31,6 +31,7 @@ class Format(msgspec.Struct, frozen=True):
 
 FORMATS: Mapping[str, Format] = {
     "canonical": Format("canonical checkpoint", "canonical"),
+    "torch": Format("file of torch.save (.pt)", "torch_file", writable=True),
 }
 """In the order in which a path is tried."""
 
