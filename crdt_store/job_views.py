@@ -193,9 +193,14 @@ class Assignments(View):
     def candidates(self, job: JobId) -> list[tuple[PeerId, Assignment]]:
         """Return (author, assignment), greatest counter first.
 
-        Any worker can publish any counter: take the first whose acks prove it.
+        Any worker can publish any counter: take the first whose acks prove it. Who is
+        dead may come back; the word of who left or was revoked does not count.
         """
-        read = ((e, _ASSIGNMENT.read(e)) for e in self._slots.at(f"a/{job}/main"))
+        read = (
+            (entry, _ASSIGNMENT.read(entry))
+            for entry in self._slots.at(f"a/{job}/main")
+            if self.absence(entry.peer) in ("", "dead")
+        )
         found = [(a.counter, e.order, e.peer, a) for e, a in read if a is not None]
         found.sort(key=lambda item: item[:2], reverse=True)
         return [(peer, assignment) for _, _, peer, assignment in found]

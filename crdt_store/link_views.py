@@ -63,10 +63,14 @@ class Links(View):
         await self._put(key, _RECORD.encode(record), LINK_TTL_SECONDS)
 
     def get(self, job: JobId) -> dict[PeerId, LinkRecord]:
-        """Return each member's record; somebody else's slot for it does not count."""
+        """Return the record of each member that is there.
+
+        Somebody else's slot for it does not count.
+        """
         found: dict[PeerId, LinkRecord] = {}
         for entry in self._slots.under(f"l/{segment(job)}/"):
             record = _RECORD.read(entry)
-            if record is not None and entry.key.endswith(f"/{entry.peer}"):
+            own = entry.key.endswith(f"/{entry.peer}")
+            if record is not None and own and not self.absence(entry.peer):
                 found[entry.peer] = record
         return found

@@ -30,6 +30,7 @@ from crdt_store.job_views import Assignments, Jobs
 from crdt_store.link_views import Links
 from crdt_store.liveness.service import make_liveness
 from crdt_store.membership import Membership
+from crdt_store.presence import Presence
 from crdt_store.promise_service import Promises
 from crdt_store.replica import Replica
 from crdt_store.storage import SqliteStorage, Storage, lock_data_folder
@@ -66,6 +67,7 @@ class Store:
         members, jobs, assignments, heads, placements, links, verdicts: Typed tables.
         documents: Written by several, such as a job's board.
         promises: Of the job protocol; on this disk alone.
+        presence: Who is there and, if not, why not.
     """
 
     def __init__(
@@ -133,7 +135,10 @@ class Store:
             rng,
             incarnation,
         )
-        self.members.ghosts = self.liveness.dead
+        self.presence = Presence(self.authority, self.members.says, self.liveness.state)
+        shy = self.members, self.assignments, self.placements, self.links, self.verdicts
+        for view in shy:
+            view.absence = self.presence.absence
 
     def _present_members(self) -> frozenset[PeerId]:
         found = {entry.peer for entry in self._replica.slots.under("m/")}

@@ -2,7 +2,7 @@
 
 Reading is synchronous, from memory, and skips values that do not decode. Writing
 returns after the commit. Where several authors may publish, the table says how their
-slots are folded.
+slots are folded. Who is not there does not show where that matters.
 
     m/<peer>              MemberRecord      its own
     c/<run>/<step>        CheckpointHead    by agreement, then the latest
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Generic, Protocol, TypeVar
 
 import msgspec
@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from attestation.ports import Verdict
 from attestation.states import State, Tier
 from crdt_store.entry import MAX_VALUE_BYTES, Entry
+from crdt_store.presence import Absence, Word
 from crdt_store.slots import Slots
 from fabric.core.codec import Codec
 from fabric.core.errors import RemoteProtocolError
@@ -44,6 +45,8 @@ VERDICT_TTL_SECONDS = 30 * DAY_SECONDS
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 Name = Annotated[str, msgspec.Meta(max_length=100)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+_MAY_COME = ("", "dead")
+"""Absences of a member that did not leave."""
 _SEGMENT = re.compile(r"[A-Za-z0-9._:@+=-]{1,64}")
 
 
@@ -59,6 +62,11 @@ class Watch(Protocol):
         ...
 
 
+def there(peer: PeerId) -> Absence:
+    """Say that ``peer`` is there, for want of anybody who knows."""
+    return ""
+
+
 class View:
     """What all tables share.
 
@@ -67,6 +75,9 @@ class View:
         put: Writes a slot of ours.
         watch: Makes a watch of tables by name.
         me: Our PeerId.
+
+    Attributes:
+        absence: Why a peer is not there, or "": see :mod:`crdt_store.presence`.
     """
 
     table = ""
@@ -78,6 +89,7 @@ class View:
         self._put = put
         self._watch = watch
         self._me = me
+        self.absence: Callable[[PeerId], Absence] = there
 
     def watch(self) -> Watch:
         """Return a watch of this table."""
@@ -154,8 +166,6 @@ class Members(View):
     """One record per member, written by it; TTL 24 h, refresh every 6 h."""
 
     table = "m"
-    ghosts: Callable[[], Collection[PeerId]] = frozenset
-    """Who is dead, as liveness finds; a record outlives its peer by up to a day."""
 
     async def put(self, record: MemberRecord) -> None:
         """Publish our own record."""
@@ -163,12 +173,27 @@ class Members(View):
         await self._put(f"m/{self._me}", value, MEMBER_TTL_SECONDS)
 
     def get(self, peer: PeerId) -> MemberRecord | None:
-        """Return the record of ``peer``, if it has one and did not leave."""
-        record = _MEMBER.read(self._slots.get((f"m/{peer}", public_key_of(peer))))
+        """Return the record of ``peer``, a member or not, unless it left."""
+        record = self._own_word(peer)
         return None if record is None or record.left else record
 
+    def says(self, peer: PeerId) -> Word:
+        """Return what ``peer`` said of itself within the lifetime of a record."""
+        record = self._own_word(peer)
+        if record is None:
+            return "nothing"
+        return "left" if record.left else "here"
+
+    def _own_word(self, peer: PeerId) -> MemberRecord | None:
+        return _MEMBER.read(self._slots.get((f"m/{peer}", public_key_of(peer))))
+
     def all(self) -> dict[PeerId, MemberRecord]:
-        """Return the records of all who did not leave, ours included."""
+        """Return the records of all members who did not leave, ours included."""
+        found = self.ever()
+        return {peer: r for peer, r in found.items() if self.absence(peer) in _MAY_COME}
+
+    def ever(self) -> dict[PeerId, MemberRecord]:
+        """Return the records of all who did not leave, members any more or not."""
         found = self._read()
         return {peer: record for peer, record in found.items() if not record.left}
 
@@ -182,8 +207,7 @@ class Members(View):
 
     def live(self) -> dict[PeerId, MemberRecord]:
         """Return the records of those who are not known to be gone."""
-        ghosts = self.ghosts()
-        return {peer: r for peer, r in self.all().items() if peer not in ghosts}
+        return {peer: r for peer, r in self.ever().items() if not self.absence(peer)}
 
 
 class CheckpointHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -280,14 +304,17 @@ class Placements(View):
         await self._put(key, placement, PLACEMENT_TTL_SECONDS)
 
     def get(self, model: str) -> dict[PeerId, bytes]:
-        """Return what each peer hosts of ``model``."""
-        found = self._slots.under(f"p/{segment(model)}/")
-        return {entry.peer: entry.value for entry in found if entry.value}
+        """Return what each peer that is there hosts of ``model``."""
+        found = self._hosted(f"p/{segment(model)}/")
+        return {entry.peer: entry.value for entry in found}
 
     def models(self) -> frozenset[str]:
-        """Return every model somebody hosts."""
-        found = self._slots.under("p/")
-        return frozenset(e.key.split("/")[1] for e in found if e.value)
+        """Return every model that somebody who is there hosts."""
+        return frozenset(entry.key.split("/")[1] for entry in self._hosted("p/"))
+
+    def _hosted(self, prefix: str) -> list[Entry]:
+        found = self._slots.under(prefix)
+        return [e for e in found if e.value and not self.absence(e.peer)]
 
 
 class _VerdictRecord(msgspec.Struct, frozen=True):
@@ -347,11 +374,14 @@ class Verdicts(View):
         return self._revocation(peer)
 
     def for_subject(self, peer: PeerId) -> Mapping[PeerId, Verdict]:
-        """Return the verdicts about ``peer`` by verifier."""
+        """Return the verdicts about ``peer`` by verifier, members all.
+
+        What a verifier found outlives its process, but not its membership.
+        """
         found: dict[PeerId, Verdict] = {}
         for entry in self._slots.under(f"t/{segment(peer)}/"):
             record = _VERDICT.read(entry)
-            if record is not None:
+            if record is not None and self.absence(entry.peer) in _MAY_COME:
                 found[entry.peer] = Verdict(
                     peer,
                     record.state,

@@ -10,6 +10,7 @@ from typing import TypeVar
 import trio
 
 from fabric.app import control_messages as m
+from fabric.app.board_messages import BoardView
 from fabric.app.client import RECEIVE_BYTES, board_edit, not_running, spec_of
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
@@ -114,9 +115,9 @@ class AsyncJob:
                 return row
         raise FabricError(f"job {self.id[:8]} did not succeed", code="E_JOB_FAILED")
 
-    async def board(self) -> m.BoardView:
+    async def board(self) -> BoardView:
         """Return the job's notes, tags and settings, and who wrote them."""
-        return await self._client.one(m.Board(self.id), m.BoardView)
+        return await self._client.one(m.Board(self.id), BoardView)
 
     async def write_board(
         self,
@@ -125,10 +126,10 @@ class AsyncJob:
         tags: Sequence[str] = (),
         untags: Sequence[str] = (),
         set: Mapping[str, float | str | None] | None = None,
-    ) -> m.BoardView:
+    ) -> BoardView:
         """Write on the job's board and return it; None sets back to the spec."""
         edit = board_edit(self.id, notes, tags, untags, set)
-        return await self._client.one(edit, m.BoardView)
+        return await self._client.one(edit, BoardView)
 
     async def stop(self) -> None:
         """Cancel the job."""

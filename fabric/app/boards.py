@@ -10,6 +10,7 @@ from crdt_store.documents.part import Item
 from crdt_store.roles import Role
 from crdt_store.service import Store
 from fabric.app import control_messages as m
+from fabric.app.board_messages import BoardLine, BoardView, OverrideView
 from fabric.app.peer_names import name_of
 from fabric.core.errors import RemoteRefused
 from fabric.core.ids import JobId, PeerId
@@ -61,10 +62,10 @@ async def edit_board(session: Session, job: JobId, edit: m.BoardEdit) -> None:
         await store.documents.edit(job, edits)
 
 
-def board_view(session: Session, job: JobId) -> m.BoardView:
+def board_view(session: Session, job: JobId) -> BoardView:
     """Return the board with the names of its authors."""
     board = board_of(session.store, job, _spec(session.store, job))
-    return m.BoardView(
+    return BoardView(
         job=job,
         notes=tuple(_line(session, note, note.text) for note in board.notes),
         tags=tuple(
@@ -78,13 +79,13 @@ def _spec(store: Store, job: JobId) -> JobSpec:
     return CODEC.decode_untrusted(store.jobs.spec(job) or b"")
 
 
-def _line(session: Session, item: Item, text: str) -> m.BoardLine:
-    return m.BoardLine(item.author, name_of(session, item.author), item.at / 1000, text)
+def _line(session: Session, item: Item, text: str) -> BoardLine:
+    return BoardLine(item.author, name_of(session, item.author), item.at / 1000, text)
 
 
-def _override(session: Session, override: Override) -> m.OverrideView:
+def _override(session: Session, override: Override) -> OverrideView:
     item = override.item
-    return m.OverrideView(
+    return OverrideView(
         peer=item.author,
         name=name_of(session, item.author),
         time=item.at / 1000,

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import cyclopts
 
+from fabric.app.board_messages import BoardView, OverrideView
 from fabric.app.cli_output import show_json, show_text
 from fabric.app.client import connect
-from fabric.app.control_messages import BoardView, OverrideView
 from fabric.core.errors import ConfigError
 
 _Many = cyclopts.Parameter(negative="")

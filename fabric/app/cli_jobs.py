@@ -10,7 +10,7 @@ import cyclopts
 from fabric.app.cli_output import show_json, show_table, show_text, talk
 from fabric.app.client import Job, connect
 from fabric.app.config_loader import parse_assignment
-from fabric.app.control_messages import EventView
+from fabric.app.control_messages import EventView, JobRow
 from fabric.core.ids import short
 from fabric.jobs.spec import load_spec
 
@@ -67,13 +67,19 @@ def jobs(*, home: Path | None = None, json: bool = False) -> None:
                 row.kind,
                 row.state,
                 f"{row.round}/{row.rounds}" if row.rounds else None,
-                len(row.participants),
+                peers_text(row),
                 short(row.coordinator),
                 row.reason,
             )
             for row in rows
         ),
     )
+
+
+def peers_text(row: JobRow) -> str:
+    """Return how many take part, and how many of them are not there."""
+    away = sum(peer in row.absent for peer in row.participants)
+    return f"{len(row.participants)}" + (f" ({away} away)" if away else "")
 
 
 def logs(

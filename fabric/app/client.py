@@ -23,6 +23,7 @@ import msgspec
 from crdt_store.trust_row import TrustRow
 from dht.progress import Progress
 from fabric.app import control_messages as m
+from fabric.app.board_messages import BoardView
 from fabric.app.config_loader import set_at
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
@@ -290,9 +291,9 @@ class Job:
             )
         return row
 
-    def board(self) -> m.BoardView:
+    def board(self) -> BoardView:
         """Return the job's notes, tags and settings, and who wrote them."""
-        return self._client.one(m.Board(self.id), m.BoardView)
+        return self._client.one(m.Board(self.id), BoardView)
 
     def write_board(
         self,
@@ -301,10 +302,10 @@ class Job:
         tags: Sequence[str] = (),
         untags: Sequence[str] = (),
         set: Mapping[str, float | str | None] | None = None,
-    ) -> m.BoardView:
+    ) -> BoardView:
         """Write on the job's board and return it; None sets back to the spec."""
         edit = board_edit(self.id, notes, tags, untags, set)
-        return self._client.one(edit, m.BoardView)
+        return self._client.one(edit, BoardView)
 
     def stop(self) -> None:
         """Cancel the job."""

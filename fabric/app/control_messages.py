@@ -252,6 +252,8 @@ class PeerView(msgspec.Struct, frozen=True):
         control: The kinds of its control connections, best first.
         liveness: "alive", "suspect", "dead" (unreachable from here) or "unknown".
         running: Jobs it takes part in, as it said lately, or None.
+        reach: "connected", "connecting", "on demand" (there, but no neighbour) or
+            "unreachable".
     """
 
     peer: str
@@ -269,6 +271,7 @@ class PeerView(msgspec.Struct, frozen=True):
     control: tuple[str, ...] = ()
     liveness: str = "unknown"
     running: int | None = None
+    reach: str = ""
 
 
 class StatusView(msgspec.Struct, frozen=True):
@@ -294,7 +297,12 @@ class StatusView(msgspec.Struct, frozen=True):
 
 
 class JobRow(msgspec.Struct, frozen=True):
-    """One row of ``fabric jobs``."""
+    """One row of ``fabric jobs``.
+
+    Attributes:
+        absent: Coordinator and participants of a job that is not over who are not
+            there: "dead" (unreachable from here), "left" or "no member", by peer.
+    """
 
     job: str
     name: str
@@ -307,6 +315,7 @@ class JobRow(msgspec.Struct, frozen=True):
     round: int
     rounds: int
     facts: dict[str, str | int | float | bool]
+    absent: dict[str, str] = {}
 
 
 class EventView(msgspec.Struct, frozen=True):
@@ -317,42 +326,6 @@ class EventView(msgspec.Struct, frozen=True):
     kind: str
     peer: str
     facts: dict[str, str | int | float | bool]
-
-
-class BoardLine(msgspec.Struct, frozen=True):
-    """A note or tag, and who wrote it when."""
-
-    peer: str
-    name: str
-    time: float
-    text: str
-
-
-class OverrideView(msgspec.Struct, frozen=True):
-    """A setting somebody changed.
-
-    Attributes:
-        value: None: as submitted.
-        stands: It is what the coordinator puts into the next round.
-        refused: Why it does not count, or empty.
-    """
-
-    peer: str
-    name: str
-    time: float
-    path: str
-    value: float | None
-    stands: bool
-    refused: str = ""
-
-
-class BoardView(msgspec.Struct, frozen=True):
-    """What ``fabric board`` shows, oldest first."""
-
-    job: str
-    notes: tuple[BoardLine, ...]
-    tags: tuple[BoardLine, ...]
-    overrides: tuple[OverrideView, ...]
 
 
 class Line(msgspec.Struct, frozen=True):

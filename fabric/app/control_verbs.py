@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +65,7 @@ class ControlVerbs:
     async def _rows(self, request: m.Jobs | m.ContentList | m.Trust) -> Results:
         if isinstance(request, m.Jobs):
             for view in self._session.jobs.jobs():
-                yield job_row(view)
+                yield job_row(view, self._session.store.presence.absence)
             return
         if isinstance(request, m.Trust):
             for row in self._session.store.admin.rows():
@@ -202,7 +202,10 @@ class ControlVerbs:
         elif view.reason:
             lines.append(view.reason)
         lines.append(f"coordinator {view.coordinator}, generation {view.counter}")
-        lines += [f"participant {peer}" for peer in view.participants]
+        absent = job_row(view, session.store.presence.absence).absent
+        for peer in view.participants:
+            why = f" ({absent[peer]})" if peer in absent else ""
+            lines.append(f"participant {peer}{why}")
         return tuple(lines)
 
     async def _content_add(self, session: Session, path: Path) -> str:
@@ -226,18 +229,25 @@ class ControlVerbs:
         self._node.ended.set()
 
 
-def job_row(view: JobView) -> m.JobRow:
-    """Return a job as a row of ``fabric jobs``."""
+def job_row(view: JobView, absence: Callable[[PeerId], str]) -> m.JobRow:
+    """Return a job as a row of ``fabric jobs``; ``absence`` says why a peer is away."""
+    over = view.state in ENDED
+    named = () if over else (PeerId(view.coordinator), *view.participants)
+    absent = {peer: word for peer in named if peer and (word := absence(peer))}
+    reason = view.reason
+    if (why := absent.get(PeerId(view.coordinator))) and not reason:
+        reason = f"its coordinator is away ({why})"
     return m.JobRow(
         job=view.job,
         name=view.name,
         kind=view.kind,
         state=view.state,
-        reason=view.reason,
+        reason=reason,
         coordinator=view.coordinator or "",
         generation=view.counter,
         participants=view.participants,
         round=view.round,
         rounds=view.rounds,
         facts=dict(view.facts),
+        absent={str(peer): why for peer, why in absent.items()},
     )

@@ -38,10 +38,14 @@ def connection_kinds(session: Session, peer: PeerId) -> tuple[str, ...]:
 
 
 def peer_rows(session: Session) -> tuple[PeerView, ...]:
-    """Return a row for each other member, by name."""
-    members = session.store.members.all()
-    known = session.store.authority.members() | set(members)
-    known -= session.store.members.left()
+    """Return a row for each other member with a record or a connection, by name.
+
+    Records last a day: who is longer away is among those that ``fabric trust list``
+    shows, and here no more.
+    """
+    store = session.store
+    connected = session.rpc.connected() & store.authority.members()
+    known = store.members.all().keys() | (connected - store.members.left())
     rows = [_row(session, peer) for peer in known - {session.own}]
     return tuple(sorted(rows, key=lambda row: (row.name, row.peer)))
 
@@ -67,11 +71,19 @@ def _row(session: Session, peer: PeerId) -> PeerView:
         up_mbit=_mbit(link, up=True),
         down_mbit=_mbit(link, up=False),
         version=record.version if record else "",
-        addrs=contact.addrs if contact is not None else (),
+        addrs=_addrs(session, peer),
         control=connection_kinds(session, peer),
         liveness=session.store.liveness.state(peer),
         running=load.running if load is not None else None,
+        reach=session.hood.reach_of(peer),
     )
+
+
+def _addrs(session: Session, peer: PeerId) -> tuple[str, ...]:
+    """Return where ``peer`` was last known to be; the book knows neighbours best."""
+    record = session.store.members.get(peer)
+    announced = record.addrs if record is not None else ()
+    return session.book.addrs_of(peer) or announced
 
 
 def _mbit(link: LinkMeasurement | None, *, up: bool) -> float | None:
@@ -146,7 +158,9 @@ def _sentences(peer: PeerFacts, own: Facts) -> list[str]:
         lines.append(f"connected: {peer.path}{took}")
         if why := why_not_better(peer, own.reachability):
             lines.append(f"{peer.path}: {why}")
-    shown = ("fail",) if peer.connected else ("fail", "warn")
+    elif peer.on_demand:
+        lines.append("not a neighbour: it is connected as soon as it is needed")
+    shown = ("fail",) if peer.connected or peer.on_demand else ("fail", "warn")
     for finding in diagnose_peer(peer, own):
         if finding.code == "E_NOT_MEASURED":
             continue

@@ -64,14 +64,18 @@ class ReplicatedJobStore:
             return None
 
     def coordinator(self, job: JobId) -> PeerId | None:
-        """Return the coordinator of the newest published assignment: a hint."""
+        """Return the coordinator of the newest published assignment: a hint.
+
+        None if it is not there: whoever follows it will say so.
+        """
         assignment = self._store.assignments.get(job)
         if assignment is None:
             return None
         try:
-            return _HINT.decode_untrusted(assignment.generation).coordinator
+            hint = _HINT.decode_untrusted(assignment.generation).coordinator
         except RemoteProtocolError:
             return None
+        return None if self._store.presence.absence(hint) else hint
 
     def settings(self, job: JobId, spec: JobSpec) -> tuple[Setting, ...]:
         """Return what authorised people set on the job's board."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def name_of(session: Session, peer: PeerId) -> str:
     """Return what a person calls ``peer``: its name if no other has it."""
-    members = session.store.members.all()
+    members = session.store.members.ever()
     record = members.get(peer)
     if record is None or sum(r.name == record.name for r in members.values()) > 1:
         return short(peer)

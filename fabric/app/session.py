@@ -164,12 +164,12 @@ class Session:
             await self.jobs.leave(job)
 
     def resolve(self, subject: str) -> PeerId:
-        """Return the member whose id, end of id, or name is ``subject``.
+        """Return the member, or who was one, whose id, its end, or name is ``subject``.
 
         Raises:
             Unavailable: none, or several.
         """
-        members = self.store.members.all()
+        members = self.store.members.ever()
         known = self.store.authority.members() | set(members)
         # a short name may end somebody's id by chance
         found = {peer for peer, record in members.items() if record.name == subject}

@@ -7,8 +7,10 @@ import trio
 
 from attestation.ports import Verdict
 from attestation.states import State, Tier
+from crdt_store.entry import Entry
 from crdt_store.invites import parse_token_untrusted, redeem
 from crdt_store.job_views import JobStatus
+from crdt_store.memory_storage import MemoryStorage
 from crdt_store.roles import Role
 from crdt_store.views import CheckpointHead
 from fabric.core.digest import hex_digest
@@ -16,8 +18,9 @@ from fabric.core.errors import (
     RemoteProtocolError,
     RemoteRefused,
 )
-from fabric.core.ids import JobId
-from tests.crdt_store.peers import record, until
+from fabric.core.ids import JobId, PeerId
+from tests.crdt_store.conftest import key_of
+from tests.crdt_store.peers import Peers, record, until
 
 
 async def test_three_stores_agree_by_push_alone_within_a_second(
@@ -116,6 +119,56 @@ async def test_a_joiner_becomes_a_member_everywhere(peers, world, autojump_clock
     await until(lambda: worker.authority.membership(me).allowed)
 
 
+async def test_a_redemption_from_before_our_last_sync_is_refused_if_shown_live(
+    peers, world, autojump_clock
+):
+    """With an invite found later nobody can pretend to have joined in time."""
+    owner = await peers.open(world.owner)
+    other = await peers.open(world.workers[0])
+    token = await owner.admin.invite([], role=Role.WORKER, uses=9)
+    invite = parse_token_untrusted(token)
+    world.now += 3 * 3600
+    await owner.sync_with(world.workers[0].peer_id)
+
+    def redeemed(number: int, hours_ago: float) -> Entry:
+        joiner = key_of(400 + number).peer_id
+        return redeem(invite, joiner, peers.clock() - hours_ago * 3600)
+
+    old, young = redeemed(0, 1.1), redeemed(1, 0.9)
+    assert not owner.ingest_untrusted(old.raw, world.stranger.peer_id)
+    assert owner.ingest_untrusted(young.raw, world.stranger.peer_id)
+    counts = peers.counters[world.owner.peer_id].snapshot()
+    assert counts["store_refused_total:stale_redemption"] == 1
+    # a member brings it from its side of a partition: there it was in time
+    other.ingest_authority_untrusted([old.raw])
+    await other.sync_with(world.owner.peer_id)
+    await until(lambda: owner.authority.membership(joiner_of(old)).allowed)
+
+
+def joiner_of(redemption: Entry) -> PeerId:
+    return PeerId(redemption.key.rsplit("/", 1)[1])
+
+
+async def test_a_restart_does_not_forget_when_it_was_in_sync(
+    world, network, autojump_clock
+):
+    disk = MemoryStorage()
+    for known in (True, False):
+        async with trio.open_nursery() as nursery:
+            peers = Peers(world, network, nursery)
+            owner = await peers.open(world.owner, storage=disk, known=known)
+            if known:
+                token = await owner.admin.invite([], role=Role.WORKER, uses=9)
+                await owner.members.put(record("owner"))
+            else:
+                invite = parse_token_untrusted(token)
+                stale = redeem(invite, world.stranger.peer_id, peers.clock() - 4000)
+                assert not owner.ingest_untrusted(stale.raw, world.stranger.peer_id)
+                fresh = redeem(invite, world.stranger.peer_id, peers.clock() - 60)
+                assert owner.ingest_untrusted(fresh.raw, world.stranger.peer_id)
+            nursery.cancel_scope.cancel()
+
+
 async def test_typed_tables(peers, world, autojump_clock):
     store = await peers.open(world.workers[0])
     other = await peers.open(world.workers[1])
@@ -140,6 +193,7 @@ async def test_typed_tables(peers, world, autojump_clock):
     await until(lambda: store.assignments.get(job).generation == b"five")
     assert len(store.assignments.candidates(job)) == 2
 
+    await store.members.put(record("host"))
     await store.placements.put("model", b"layers 0-3")
     await until(lambda: other.placements.get("model") == {me: b"layers 0-3"})
     await store.placements.put("model", b"")
@@ -173,6 +227,7 @@ async def test_a_routine_pass_is_not_written_again(
 
 async def test_entries_expire_by_the_receivers_clock(peers, world, autojump_clock):
     stores = [await peers.open(signer) for signer in world.workers[:2]]
+    await stores[0].members.put(record("host"))
     await stores[0].put(f"p/model/{world.workers[0].peer_id}", b"here", 120)
     await until(lambda: stores[1].placements.get("model"))
     await trio.sleep(125)
