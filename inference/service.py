@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 
 import trio
@@ -41,6 +41,9 @@ class ServeService:
         peer_id: This daemon.
         rpc: Calls to other daemons.
         ports: What runners need.
+
+    Attributes:
+        servers: Tells who may serve models, connected or not.
     """
 
     def __init__(self, peer_id: PeerId, rpc: Rpc, ports: RunnerPorts) -> None:
@@ -49,6 +52,7 @@ class ServeService:
         self._ports = ports
         self._runners: dict[str, StageRunner] = {}
         self._gateway: TakeTokens | None = None
+        self.servers: Callable[[], Iterable[PeerId]] = tuple
 
     def register(self) -> None:
         """Answer other daemons from now on."""

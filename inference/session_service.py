@@ -74,12 +74,13 @@ class GatewaySessions:
         return len(self._open)
 
     async def models(self) -> dict[str, ServedModel]:
-        """Return what can be served, by name: here, or at a connected peer."""
+        """Return what can be served, by name: here, or at a peer that is known."""
         async with self._asking:  # whoever comes meanwhile waits for the answers
             if trio.current_time() - self._asked_at >= _MODELS_FRESH_SECONDS:
                 found: dict[str, ServedModel] = {}
                 async with trio.open_nursery() as nursery:
-                    for peer in self._rpc.connected():
+                    others = self._rpc.connected().union(self._service.servers())
+                    for peer in others - {self._peer_id}:
                         nursery.start_soon(self._ask, peer, found)
                 self._asked, self._asked_at = found, trio.current_time()
         return self._asked | {model.name: model for model in self._service.models()}

@@ -209,6 +209,11 @@ class Traversal:
         """Return a socket that a relay carries; see ``CircuitService.open_data``."""
         return await self.circuits.open_data(peer)
 
+    def relays_with(self, peer: PeerId) -> bool:
+        """Return whether a relay's promise or a circuit joins us and ``peer``."""
+        ours = self.circuits.reservations.expects(peer)
+        return ours or self.relay.book.serves(peer)
+
     # what the parts tell
 
     def _may_relay(self, peer: PeerId) -> bool:

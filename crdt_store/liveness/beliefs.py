@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from random import Random
 
@@ -64,6 +64,7 @@ class Beliefs:
         self, me: PeerId, config: LivenessConfig, rng: Random, verify: Verify
     ) -> None:
         self.rounds = Rounds(rng)
+        self._rng = rng
         self.news = News()
         self.counts: Counter[str] = Counter()
         self.hinted: dict[PeerId, None] = {}
@@ -118,7 +119,9 @@ class Beliefs:
     def introduction(self) -> tuple[Claim, ...]:
         """Return who is absent, for a newcomer; all others are there."""
         dead = [Claim(p, i, Standing.DEAD, self._me) for p, i in self.dead.items()]
-        return tuple(dead[-MAX_INTRODUCED:])
+        if len(dead) > MAX_INTRODUCED:  # others next time
+            return tuple(self._rng.sample(dead, MAX_INTRODUCED))
+        return tuple(dead)
 
     def accusation(self, peer: PeerId) -> Claim | None:
         """Return what is held against ``peer``."""
@@ -152,6 +155,16 @@ class Beliefs:
         """Believe of those that nobody called absent that they are there."""
         self._changed |= self._unknown
         self._unknown.clear()
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether there are members of whom nobody has said anything yet."""
+        return bool(self._unknown)
+
+    def pardon(self, peers: Iterable[PeerId]) -> None:
+        """Believe that these dead are there: it was we who were cut off."""
+        for peer in list(peers):
+            self._revive(peer)
 
     # --- first hand
 

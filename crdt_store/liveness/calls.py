@@ -8,6 +8,15 @@ from crdt_store.liveness.messages import NOBODY, Ping
 from fabric.core.ids import PeerId
 
 
+@dataclass(slots=True)
+class Probe:
+    """A question whether somebody lives, until it is answered or over."""
+
+    ends: float
+    waiting: int = 1
+    relayed: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Send ``ping`` to ``peer``; say ``answered`` or ``failed`` by ``deadline``.

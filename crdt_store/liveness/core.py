@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 from random import Random
 
+from crdt_store.liveness.accord import Accord
 from crdt_store.liveness.beliefs import MAX_JUMP, Beliefs, State, Verify
-from crdt_store.liveness.calls import Call
+from crdt_store.liveness.calls import Call, Probe
 from crdt_store.liveness.config import LivenessConfig
 from crdt_store.liveness.loads import Loads
 from crdt_store.liveness.messages import (
@@ -53,13 +53,6 @@ DEAD_EVERY = 6
 """Periods between tries of somebody dead."""
 STALL_SECONDS = 1.0
 """A deadline noticed this late says that we did not run, not that others are silent."""
-
-
-@dataclass(slots=True)
-class _Probe:
-    ends: float
-    waiting: int = 1
-    relayed: bool = False
 
 
 class Swim:
@@ -102,7 +95,8 @@ class Swim:
         self._beliefs = Beliefs(me, config, rng, verify)
         self._rounds = self._beliefs.rounds
         self._hinted = self._beliefs.hinted
-        self._probes: dict[PeerId, _Probe] = {}
+        self._accord = Accord(self._beliefs, rng)
+        self._probes: dict[PeerId, Probe] = {}
         self._out: list[Call] = []
         self._awareness = 0
         self._relaying = 0
@@ -155,9 +149,14 @@ class Swim:
         for peer in self._rounds.members - wanted:
             self._beliefs.forget(peer)
             self.loads.forget(peer)
+            self._accord.forget(peer)
             self._probes.pop(peer, None)
         for peer in sorted(wanted - self._rounds.members):
             self._beliefs.add(peer)
+
+    def set_neighbours(self, peers: Collection[PeerId] | None) -> None:
+        """Probe these members only, and hear of others; None: probe all."""
+        self._accord.set_neighbours(peers)
 
     def connected(self, peer: PeerId, now: float) -> None:
         """``peer`` opened a connection with us, or accepted ours: it lives."""
@@ -223,12 +222,13 @@ class Swim:
         self._extra, self._pushes = MAX_HINTED, MAX_PUSHED
         self._periods += 1
         dead = self._beliefs.dead
-        target = self._rounds.next(dead)
+        target = self._accord.near.next(dead)
         if target is not None:
             self._probe(target, now)
+        for peer in self._accord.take_disputed(MAX_HINTED):
+            self._tell(peer, now, self._config.probe_seconds)
         if dead and self._periods % DEAD_EVERY == 0:
-            ghost = self._rng.choice(sorted(dead))
-            self._tell(ghost, now, self._config.probe_seconds)
+            self._tell(self._rng.choice(sorted(dead)), now, self._config.probe_seconds)
 
     def _use_extras(self, now: float) -> None:
         while self._hinted and self._extra:
@@ -239,7 +239,7 @@ class Swim:
         if self._beliefs.urgent and self._pushes:
             self._pushes -= 1
             self._beliefs.urgent = False
-            for peer in self._rounds.sample(PUSH_TO, self._beliefs.dead):
+            for peer in self._accord.near.sample(PUSH_TO, self._beliefs.dead):
                 self._tell(peer, now, self._config.probe_seconds)
 
     # --- probes
@@ -248,7 +248,7 @@ class Swim:
         if target in self._probes or target in self._beliefs.dead:
             return
         ends = now + self._stretched(self._config.period_seconds)
-        self._probes[target] = _Probe(ends)
+        self._probes[target] = Probe(ends)
         deadline = now + self._stretched(self._config.probe_seconds)
         self._out.append(Call(target, self._ping(target, now), deadline, target))
 
@@ -269,15 +269,16 @@ class Swim:
             self.load,
             self.loads.reports(now),
             target,
-            intro=not self._introduced,
+            intro=not target and (not self._introduced or self._accord.wants_list(now)),
+            absences=self._accord.mark(),
         )
 
     def answered(self, call: Call, ack: Ack, now: float) -> None:
         """``call.peer`` answered ``call``."""
         self._hear(call.peer, ack, now)
-        if call.ping.intro and not self._introduced:
+        if call.ping.intro:
             self._introduced = True
-            self._beliefs.assume_alive()
+            self._accord.hear_list(ack.claims)
         probe = self._probes.get(call.about)
         if not call.ping.target or ack.reached:
             self._probes.pop(call.about, None)
@@ -301,9 +302,9 @@ class Swim:
             self._be_aware(+1)  # a relay says yes or no in time, unless we are slow
             self._one_less(call.about, probe, now)
 
-    def _probe_through_others(self, target: PeerId, probe: _Probe, now: float) -> None:
+    def _probe_through_others(self, target: PeerId, probe: Probe, now: float) -> None:
         away = {target, *self._beliefs.dead, *self._beliefs.suspicions}
-        relays = self._rounds.sample(self._config.num_relays, away)
+        relays = self._accord.near.sample(self._config.num_relays, away)
         probe.relayed, probe.waiting = True, len(relays)
         for relay in relays:
             ping = self._ping(relay, now, target)
@@ -312,7 +313,7 @@ class Swim:
             self._be_aware(+1)
             self._conclude(target, now)
 
-    def _one_less(self, target: PeerId, probe: _Probe, now: float) -> None:
+    def _one_less(self, target: PeerId, probe: Probe, now: float) -> None:
         probe.waiting -= 1
         if probe.waiting <= 0:
             self._conclude(target, now)
@@ -358,13 +359,15 @@ class Swim:
         beliefs = self._beliefs
         claims = beliefs.introduction() if intro else beliefs.take_news(peer)
         reports = self.loads.reports(now)
-        return Ack(self.incarnation, claims, self.load, reports, reached)
+        mark = self._accord.mark()
+        return Ack(self.incarnation, claims, self.load, reports, reached, mark)
 
     def _hear(self, sender: PeerId, message: Ping | Ack, now: float) -> None:
         members, beliefs = self._rounds.members, self._beliefs
         if sender not in members:
             return  # a stranger, or a member we have not heard of: no news from it
         beliefs.witness(sender, message.incarnation, now)
+        self._accord.compare(message.absences)
         self.loads.hear(sender, message.load, now, met=True)
         self.loads.hear_reports(message.reports, sender, members, now)
         for claim in message.claims:

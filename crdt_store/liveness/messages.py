@@ -28,6 +28,7 @@ MAX_INTRODUCED = 128
 MAX_REPORTS = 4
 """Loads of others in one message."""
 MAX_INCARNATION = 2**53 - 1
+MAX_MARK = 2**31 - 2
 NOBODY = PeerId("")
 
 Peer = Annotated[PeerId, msgspec.Meta(min_length=1, max_length=64)]
@@ -84,7 +85,8 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=0):
         incarnation: The sender's.
         load: The sender's.
         target: Probe this member for the sender, or empty.
-        intro: The sender is new here: name everybody who is absent.
+        intro: The sender is new here, or differs: name everybody who is absent.
+        absences: A hash of whom the sender takes for dead; 0: none is compared.
     """
 
     incarnation: Incarnation
@@ -93,6 +95,7 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=0):
     reports: Reports = ()
     target: Annotated[PeerId, msgspec.Meta(max_length=64)] = NOBODY
     intro: bool = False
+    absences: Small = 0
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -103,6 +106,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, tag=1):
     load: Load = Load()
     reports: Reports = ()
     reached: bool = True
+    absences: Small = 0
 
 
 CODEC: Codec[Ping | Ack] = Codec(Ping | Ack, max_bytes=32 << 10)

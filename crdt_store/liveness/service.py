@@ -53,6 +53,7 @@ class Liveness:
 
     Attributes:
         load_source: Tells how busy this peer is; asked for each message.
+        neighbours: Tells whom to probe; None: all members.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Liveness:
         counters: Counters,
     ) -> None:
         self.load_source: Callable[[], Load] = Load
+        self.neighbours: Callable[[], frozenset[PeerId] | None] = lambda: None
         self._core = core
         self._rpc = rpc
         self._members = members
@@ -173,6 +175,7 @@ class Liveness:
 
     def _look(self) -> None:
         self._core.load = self.load_source()
+        self._core.set_neighbours(self.neighbours())
         connected = self._rpc.connected()
         for peer in connected - self._connected:
             self._core.connected(peer, trio.current_time())

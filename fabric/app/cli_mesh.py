@@ -108,7 +108,7 @@ def status(*, home: Path | None = None, json: bool = False) -> None:
                 p.name,
                 p.role,
                 p.liveness,
-                p.path if p.connected else "-",
+                p.path if p.connected else p.reach or "-",
                 milliseconds(p.rtt_ms),
                 mbit(p.up_mbit) or "-",
                 mbit(p.down_mbit) or "-",

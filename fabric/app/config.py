@@ -29,6 +29,12 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Longest time from `fabric join` to its answer."""
     connect_seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 15.0
     """Longest time for one dial and admission."""
+    max_neighbours: Annotated[int, msgspec.Meta(ge=4, le=1000)] = 48
+    """Members with which this peer keeps a connection. A larger mesh is connected in
+    part, and to the others on demand; use the same number on all peers."""
+    idle_seconds: Annotated[float, msgspec.Meta(ge=2, le=3600)] = 60.0
+    """A connection with somebody else is closed after so long without use, when there
+    are more than ``max_neighbours``."""
     record_refresh_seconds: Annotated[float, msgspec.Meta(ge=60, le=86400)] = 21600.0
     """How often the membership record is written again (TTL 24 h)."""
 

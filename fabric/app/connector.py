@@ -1,4 +1,8 @@
-"""Keep live connections with the members: the shell of the peer book."""
+"""Connect with members: the neighbours at once and for long, others on demand.
+
+The shell of the peer book. Whoever is called without a connection is dialled first; so
+every member can be called, and what asks for it need not know who is connected.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import time
 from collections.abc import (
     Awaitable,
     Callable,
-    Collection,
     Iterable,
     Mapping,
     Sequence,
@@ -18,17 +21,19 @@ import trio
 
 from fabric.app.known_addrs import answered
 from fabric.app.peer_book import PeerBook
-from fabric.core.errors import FabricError, PeerTimeout, RemoteRefused
+from fabric.core.errors import FabricError, PeerTimeout, RemoteRefused, Unavailable
 from fabric.core.ids import PeerId, short
-from fabric.net.data_plane import DataPlane
 from fabric.net.host import Host
-from fabric.net.ports import PathKind
+from fabric.net.ports import ALLOWED, Decision
 from fabric.net.traversal_api import ConnectionInfo
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 """How soon a new member or a lost connection is noticed."""
+
+SEEK_SECONDS = 10.0
+"""A peer that refuses us although we trust it is asked again after this."""
 
 Rank = Callable[[PeerId, Sequence[str]], Sequence[str]]
 """Returns those of a peer's multiaddrs worth a dial from where we are, best first."""
@@ -58,38 +63,8 @@ class Admission(Protocol):
         ...
 
 
-class RedialingConnector:
-    """Makes RPC streams; dials the peer first when no control connection is left.
-
-    A machine that is up with nobody listening refuses at once (NoRoute), which is how a
-    killed process differs from one that is cut off or slow.
-    """
-
-    def __init__(
-        self, host: Host, plane: DataPlane, book: PeerBook, rank: Rank = as_known
-    ) -> None:
-        self._host = host
-        self._plane = plane
-        self._book = book
-        self._rank = rank
-
-    async def connect(
-        self, peer: PeerId, kinds: Collection[PathKind]
-    ) -> tuple[trio.abc.Stream, PathKind]:
-        """Return an authenticated stream to ``peer`` on a path of ``kinds``.
-
-        Raises:
-            Unavailable: no path; NoRoute when every address refused.
-            RemoteRefused: the peer's gate refuses us.
-        """
-        contact = self._book.contacts.get(peer)
-        if contact is not None and peer not in self._host.connected():
-            await self._host.connect(peer, ranked(self._rank, peer, contact.addrs))
-        return await self._plane.connect(peer, kinds)
-
-
 class MemberConnector:
-    """Dials the members that are missing and attests with those connected.
+    """Dials the neighbours that are missing and attests with those connected.
 
     Args:
         host: Dials.
@@ -102,6 +77,8 @@ class MemberConnector:
         timeout_seconds: One dial and admission.
         rank: Which addresses to dial first.
         connections: Tells which address answered.
+        chosen: With whom to be connected for long; None: with everybody.
+        permit: Whether a peer may be met at all.
     """
 
     def __init__(
@@ -117,6 +94,8 @@ class MemberConnector:
         timeout_seconds: float,
         rank: Rank = as_known,
         connections: Connections = no_connections,
+        chosen: Callable[[], frozenset[PeerId] | None] = lambda: None,
+        permit: Callable[[PeerId], Decision] = lambda peer: ALLOWED,
     ) -> None:
         self._host = host
         self._admission = admission
@@ -128,6 +107,11 @@ class MemberConnector:
         self._timeout = timeout_seconds
         self._rank = rank
         self._connections = connections
+        self._chosen = chosen
+        self._permit = permit
+        self._learnt: Mapping[PeerId, Iterable[str]] | None = None
+        self._dials: dict[PeerId, trio.Lock] = {}
+        self._sought: dict[PeerId, float] = {}
         self._wake = trio.Event()
 
     async def run(
@@ -137,7 +121,7 @@ class MemberConnector:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                self._book.learn(self._members(), source="record", wall=time.time())
+                self._learn()
                 settled = self._ready() | self._blocked()
                 for peer in self._book.due(trio.current_time(), settled):
                     # bounded by the book's max_dials
@@ -145,6 +129,17 @@ class MemberConnector:
                 with trio.move_on_after(TICK_SECONDS):
                     await self._wake.wait()
                 self._wake = trio.Event()
+
+    def _learn(self) -> None:
+        """Give the book what changed; of a large mesh, not more than it is to dial."""
+        members, chosen = self._members(), self._chosen()
+        if members is self._learnt and chosen == self._book.chosen:
+            return
+        self._learnt, self._book.chosen = members, chosen
+        if chosen is not None:
+            held = chosen | self._book.contacts.keys()
+            members = {peer: members[peer] for peer in held if peer in members}
+        self._book.learn(members, source="record", wall=time.time())
 
     def retry_now(self) -> None:
         """Dial everybody who is missing at once: our network changed."""
@@ -190,8 +185,7 @@ class MemberConnector:
         Raises:
             FabricError: why not.
         """
-        if peer not in self._host.connected():
-            await self._host.connect(peer, ranked(self._rank, peer, tuple(addrs)))
+        await self._dial(peer, tuple(addrs))
         await self._admission.ensure(peer)
         try:
             await self._greet(peer)
@@ -199,6 +193,79 @@ class MemberConnector:
             # we trust it, but it does not know us, or not any more: it says why
             await self._admission.seek(peer)
             await self._greet(peer)
+
+    async def reach(self, peer: PeerId) -> None:
+        """Have a control connection with ``peer`` and trust it: it is needed now.
+
+        A machine that is up with nobody listening refuses at once (NoRoute), which is
+        how a killed process differs from one that is cut off or slow.
+
+        Raises:
+            Unavailable: it is not reached, or not to be met.
+            RemoteRefused: it refuses us.
+        """
+        decision = self._permit(peer)
+        if not decision.allowed:
+            raise Unavailable(
+                decision.reason, code=decision.code, next_step=decision.next_step
+            )
+        if peer not in self._host.connected():
+            await self._reach_anew(peer)
+        await self._admission.ensure(peer)
+
+    async def _reach_anew(self, peer: PeerId) -> None:
+        contact = self._book.contacts.get(peer)
+        addrs = self._book.addrs_of(peer) or tuple(self._members().get(peer, ()))
+        try:
+            await self._dial(peer, addrs)
+        except FabricError as exc:
+            if contact is not None and not contact.dialling:
+                self._note_failure(peer, exc, addrs)
+            raise
+        self._book.on_success(
+            peer, answered(addrs, self._connections(peer)), wall=time.time()
+        )
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> trio.abc.Stream:
+        """Open a stream with any member, as ``Host.open_stream`` does when connected.
+
+        Raises:
+            Unavailable: it is not reached, or the connection broke.
+            RemoteRefused: it does not serve ``protocol`` to us.
+        """
+        await self.reach(peer)
+        try:
+            return await self._host.open_stream(peer, protocol)
+        except RemoteRefused:
+            if not self._may_seek(peer):
+                raise
+            await self._admission.seek(peer)  # we trust it, but it forgot us
+        except Unavailable:
+            if peer in self._host.connected():
+                raise
+            await self.reach(peer)  # it let the connection go at that moment
+        return await self._host.open_stream(peer, protocol)
+
+    def _may_seek(self, peer: PeerId) -> bool:
+        """Seldom: whoever refuses us for good must not be asked with each call."""
+        now = trio.current_time()
+        self._sought = {p: at for p, at in self._sought.items() if at > now}
+        if peer in self._sought:
+            return False
+        self._sought[peer] = now + SEEK_SECONDS
+        return True
+
+    async def _dial(self, peer: PeerId, addrs: Sequence[str]) -> None:
+        """Have a control connection; of those who want one at once, one dials."""
+        # bounded by those who wait; dropped with its last user
+        lock = self._dials.setdefault(peer, trio.Lock())
+        try:
+            async with lock:
+                if peer not in self._host.connected():
+                    await self._host.connect(peer, ranked(self._rank, peer, addrs))
+        finally:
+            if not lock.locked():
+                self._dials.pop(peer, None)
 
     def _last_code(self, peer: PeerId) -> str:
         contact = self._book.contacts.get(peer)

@@ -71,11 +71,19 @@ def _row(session: Session, peer: PeerId) -> PeerView:
         up_mbit=_mbit(link, up=True),
         down_mbit=_mbit(link, up=False),
         version=record.version if record else "",
-        addrs=contact.addrs if contact is not None else (),
+        addrs=_addrs(session, peer),
         control=connection_kinds(session, peer),
         liveness=session.store.liveness.state(peer),
         running=load.running if load is not None else None,
+        reach=session.hood.reach_of(peer),
     )
+
+
+def _addrs(session: Session, peer: PeerId) -> tuple[str, ...]:
+    """Return where ``peer`` was last known to be; the book knows neighbours best."""
+    record = session.store.members.get(peer)
+    announced = record.addrs if record is not None else ()
+    return session.book.addrs_of(peer) or announced
 
 
 def _mbit(link: LinkMeasurement | None, *, up: bool) -> float | None:
@@ -150,7 +158,9 @@ def _sentences(peer: PeerFacts, own: Facts) -> list[str]:
         lines.append(f"connected: {peer.path}{took}")
         if why := why_not_better(peer, own.reachability):
             lines.append(f"{peer.path}: {why}")
-    shown = ("fail",) if peer.connected else ("fail", "warn")
+    elif peer.on_demand:
+        lines.append("not a neighbour: it is connected as soon as it is needed")
+    shown = ("fail",) if peer.connected or peer.on_demand else ("fail", "warn")
     for finding in diagnose_peer(peer, own):
         if finding.code == "E_NOT_MEASURED":
             continue

@@ -169,6 +169,8 @@ def remembered(session: Session) -> Remembered:
 def rendezvous(session: Session, nat: Traversal) -> Rendezvous:
     """Return how the mesh looks from the rendezvous points."""
     members = session.store.authority.members() - {session.own}
+    if (chosen := session.hood.chosen()) is not None:
+        members &= chosen  # nobody is connected with the others for long
     return from_islands(nat.islands(), partial(name_of, session), members)
 
 
@@ -207,4 +209,7 @@ def members(session: Session) -> Members:
         known=tuple(sorted(name_of(session, peer) for peer in known)),
         connected=tuple(sorted(name_of(session, peer) for peer in connected)),
         stale=tuple(sorted(name_of(session, peer) for peer in stale)),
+        on_demand=tuple(
+            sorted(name_of(session, peer) for peer in session.hood.on_demand())
+        ),
     )

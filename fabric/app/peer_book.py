@@ -1,10 +1,11 @@
 """Whom to dial, where and when: a pure core over addresses, connections and failures.
 
-Every member should have a live connection while the mesh is small. What anybody says
-about a peer's addresses is merged, never replaced: a record that lists only dead
-addresses must not hide one that worked yesterday. A failed dial is tried again with
-exponential backoff; the last error of each peer is kept, because "it does not connect
-and does not say why" is what users complain about most.
+Every member should have a live connection while the mesh is small, in a larger one
+those that ``neighbours.py`` chooses. What anybody says about a peer's addresses is
+merged, never replaced: a record that lists only dead addresses must not hide one that
+worked yesterday. A failed dial is tried again with exponential backoff; the last error
+of each peer is kept, because "it does not connect and does not say why" is what users
+complain about most.
 
 Addresses are hints from anybody (``known_addrs.py``): whoever answers must prove that
 it is the peer, and its admission is asked afterwards.
@@ -72,11 +73,13 @@ class PeerBook:
     Attributes:
         own: Our id, never dialled.
         max_dials: Dials under way at once.
+        chosen: The members to dial unasked; None: all.
         dropped: Peers for whom there was no room, or who made room, in all.
     """
 
     own: PeerId
     max_dials: int = 8
+    chosen: frozenset[PeerId] | None = None
     contacts: dict[PeerId, Contact] = field(default_factory=dict)
     dropped: int = 0
     _random: random.Random = field(default_factory=random.Random)
@@ -148,7 +151,7 @@ class PeerBook:
         idle = [
             (not c.hearsay, c.known.last_success, -c.failures, peer)
             for peer, c in self.contacts.items()
-            if not (c.member or c.dialling)
+            if not (self._is_wanted(peer, c) or c.dialling)
         ]
         if idle:
             del self.contacts[min(idle)[-1]]
@@ -157,20 +160,26 @@ class PeerBook:
     def due(self, now: float, connected: Iterable[PeerId]) -> list[PeerId]:
         """Return the peers to dial now, marked as dialling.
 
-        Members come before hearsay, then the longest waiting.
+        Members come before hearsay, then the longest waiting. With as many connections
+        as are chosen, only the chosen are dialled.
         """
         live = set(connected) | {self.own}
+        enough = self.chosen is not None and len(live) > len(self.chosen)
         busy = sum(c.dialling for c in self.contacts.values())
         waiting = sorted(
             (c.hearsay, c.retry_at, peer)
             for peer, c in self.contacts.items()
             if peer not in live and c.addrs and not c.dialling and c.retry_at <= now
+            if self._is_wanted(peer, c) or not (c.member or enough)
         )
         chosen = [peer for *_, peer in waiting[: max(0, self.max_dials - busy)]]
         for peer in chosen:
             self.contacts[peer].dialling = True
             self.contacts[peer].dialled_at = now
         return chosen
+
+    def _is_wanted(self, peer: PeerId, contact: Contact) -> bool:
+        return contact.member and (self.chosen is None or peer in self.chosen)
 
     def on_success(
         self, peer: PeerId, worked: Collection[str] = (), *, wall: float = 0.0
@@ -231,5 +240,6 @@ class PeerBook:
             c.retry_at
             for peer, c in self.contacts.items()
             if peer not in live and c.addrs and not c.dialling
+            if self._is_wanted(peer, c) or not c.member
         ]
         return min(times) if times else None

@@ -43,6 +43,7 @@ async def collect_peer(
         circuits=None if nat is None else nat.circuits(peer),
         punched=None if nat is None else nat.punched(peer),
         nat=_nat_of(session, nat, peer),
+        on_demand=session.hood.reach_of(peer) == "on demand",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
 
 from crdt_store.service import Store
 from fabric.app.peer_book import PeerBook
@@ -98,16 +99,25 @@ def rendezvous_groups(
     return (*named, frozenset(relays), public)
 
 
+class OnDemand(Protocol):
+    """Knows the members that are no neighbours."""
+
+    def on_demand(self) -> frozenset[PeerId]:
+        """Return who is connected as soon as it is needed."""
+        ...
+
+
 def live_members(
-    store: Store, rpc: RpcService, own: PeerId
+    store: Store, rpc: RpcService, own: PeerId, others: OnDemand
 ) -> dict[PeerId, MemberFacts]:
     """Return the members that can take work now: ourselves and whom RPC reaches.
 
-    A connection outlives a peer that hangs, so liveness has a say too.
+    A connection outlives a peer that hangs, so liveness has a say too. Of those that
+    are connected on demand it is all there is to know.
 
     Members show software evidence before RPC opens to them, so all are of that tier.
     """
-    live = rpc.connected() | {own}
+    live = rpc.connected() | {own} | others.on_demand()
     return {
         peer: MemberFacts(memory_bytes=r.hardware.memory_bytes, trust="software")
         for peer, r in store.members.live().items()

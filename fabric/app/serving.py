@@ -17,6 +17,8 @@ from inference.service import ServeService
 READY_SECONDS = 120.0
 """Longest time until all stages have loaded; importing torch takes most of it."""
 POLL_SECONDS = 0.25
+OVER = frozenset({"done", "failed", "cancelled"})
+"""States of a job in which nobody serves any more."""
 
 
 class Serving:
@@ -46,8 +48,16 @@ class Serving:
         self._url = ""
         self._error: FabricError | None = None
         # 1: the gateway is opened once
+        serve.servers = self._servers
         self._wanted, self._wishes = trio.open_memory_channel[int](1)
         self._answered = trio.Event()
+
+    def _servers(self) -> frozenset[PeerId]:
+        """Return who takes part in serving jobs: they need be no neighbours."""
+        jobs = [
+            v for v in self._jobs.jobs() if v.kind == "serve" and v.state not in OVER
+        ]
+        return frozenset(peer for view in jobs for peer in view.participants)
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -24,6 +24,7 @@ from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector
 from fabric.app.doubts import Doubts
 from fabric.app.joining import join_any
+from fabric.app.neighbourhood import Neighbourhood
 from fabric.app.peer_book import PeerBook
 from fabric.app.peers_file import PeersFile
 from fabric.app.roster import (
@@ -74,6 +75,7 @@ class Session:
     serving: Serving
     book: PeerBook
     peers_file: PeersFile
+    hood: Neighbourhood
     connector: MemberConnector
     doubts: Doubts
     nat: TraversalReport

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attestation.gate import MembershipGate
+from attestation.admission import E_NOT_ATTESTED
+from attestation.gate import E_QUARANTINED, MembershipGate
 from attestation.ports import Verdict
 from crdt_store.service import Store
 from fabric.core.ids import PeerId
-from fabric.net.ports import Decision
+from fabric.net.ports import ALLOWED, PROTOCOL_RPC, Decision
 from nat.relay.circuit_addresses import via
 from nat.vantage import Vantage
 
@@ -94,6 +95,12 @@ class SessionGate:
                 next_step="`fabric sim heal` ends it",
             )
         return self._inner.allows(peer, protocol)
+
+    def may_meet(self, peer: PeerId) -> Decision:
+        """Return whether to dial ``peer``: allowed, or lacking but fresh evidence."""
+        decision = self.allows(peer, PROTOCOL_RPC)
+        lacking = decision.code in (E_NOT_ATTESTED, E_QUARANTINED)
+        return ALLOWED if lacking else decision
 
     def changes(self) -> list[tuple[PeerId, Decision]]:
         """Return the peers whose live connections must be closed now."""

@@ -8,7 +8,7 @@ import trio
 
 from fabric.app.session import Session
 from fabric.core.errors import FabricError
-from fabric.core.ids import short
+from fabric.core.ids import PeerId, short
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,23 @@ async def close_refused(session: Session) -> None:
             log.info("gate.closed peer=%s code=%s", short(peer), decision.code)
             await session.disconnect(peer)
         await trio.sleep(GATE_SECONDS)
+
+
+def needed_peers(session: Session) -> frozenset[PeerId]:
+    """Return whose connections must stay although nobody uses them now.
+
+    Of participants of our jobs, who may be busy for long; of relays of ours, and of
+    those whom we relay. Not of rendezvous points: they are dialled when asked, for all
+    members have the same ones.
+    """
+    nat = session.nat.service
+    participants = session.running_jobs().values()
+    return frozenset(
+        (
+            *(peer for peers in participants for peer in peers),
+            *(peer for peer in session.host.connected() if nat.relays_with(peer)),
+        )
+    )
 
 
 async def refresh_record(session: Session) -> None:

@@ -29,31 +29,34 @@ from attestation.ports import AdmissionPorts
 from attestation.service import AdmissionService
 from attestation.software import AppraisalPolicy
 from attestation.standings import Standings
+from crdt_store.liveness.messages import METHOD as ALIVE_METHOD
 from crdt_store.liveness.messages import Load
+from crdt_store.messages import SYNC_METHOD
 from crdt_store.service import open_store
 from dht.blobs import BlobStore
 from dht.service import open_content
 from fabric.app.checkpoint_flow import CheckpointFlow
 from fabric.app.clock import serve_clock
 from fabric.app.config import NodeConfig
-from fabric.app.connector import MemberConnector, RedialingConnector
+from fabric.app.connector import MemberConnector
 from fabric.app.doubts import Doubts
 from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
 from fabric.app.last_ports import LastPorts, load_ports, port_of, save_ports, settle
 from fabric.app.links import publish_links
 from fabric.app.membership_file import MeshMembership
+from fabric.app.neighbour_keeper import RELEASE, NeighbourKeeper
+from fabric.app.neighbourhood import Neighbourhood
 from fabric.app.peer_book import PeerBook
 from fabric.app.peers_file import PeersFile
 from fabric.app.roster import (
     by_peer,
-    known_members,
     live_members,
 )
 from fabric.app.serving import Serving
 from fabric.app.session import HELLO, Session
 from fabric.app.session_gate import LateAuthority, LateRank, SessionGate
-from fabric.app.session_keepers import close_refused, refresh_record
+from fabric.app.session_keepers import close_refused, needed_peers, refresh_record
 from fabric.app.traversal import MeshKnowledge, TraversalReport
 from fabric.core.signing import Ed25519Signer
 from fabric.core.telemetry import Counters
@@ -115,10 +118,20 @@ async def _opened(
         await nursery.start(session.admission.run)
         await nursery.start(session.jobs.run)
         await nursery.start(session.peers_file.run)
+        nursery.start_soon(session.hood.run)
         await nursery.start(session.connector.run)
         await nursery.start(session.serving.run)
         nursery.start_soon(close_refused, session)
         nursery.start_soon(refresh_record, session)
+        keeper = NeighbourKeeper(
+            session.hood,
+            session.host,
+            session.rpc,
+            session.plane.registry,
+            lambda: needed_peers(session),
+            session.config.mesh.idle_seconds,
+        )
+        nursery.start_soon(keeper.run)
         nursery.start_soon(session.doubts.run)
         nursery.start_soon(
             publish_links,
@@ -144,13 +157,16 @@ class _Network:
     rpc: RpcService
     bulk: BulkService
 
+    def reach_through(self, connector: MemberConnector) -> None:
+        """Connect with whoever is called, or offered a socket, and is not connected."""
+        self.plane.set_opener(connector.open_stream)
+        self.rpc.meet = connector.reach
+
 
 async def _open_network(
     stack: AsyncExitStack,
     node: SessionOwner,
     gate: SessionGate,
-    book: PeerBook,
-    rank: LateRank,
 ) -> _Network:
     """Listen on both planes, where the last run did if that is free."""
     config, signer, counters = node.config, node.signer, node.counters
@@ -162,10 +178,8 @@ async def _open_network(
     routing = await enter(open_routing(host, config.routing))
     plane = await enter(open_data_plane(data_config, signer, host, gate, counters))
     save_ports(ports_file, LastPorts(port_of(host.listen_addrs()), plane.port))
-    connect = RedialingConnector(host, plane, book, rank)
-    rpc = await enter(
-        open_rpc(config.data.rpc, signer.peer_id, connect, gate, counters)
-    )
+    rpc = await enter(open_rpc(config.data.rpc, signer.peer_id, plane, gate, counters))
+    rpc.background = frozenset({SYNC_METHOD, ALIVE_METHOD, RELEASE})
     plane.serve_rpc(rpc.accept)
     rpc.register(HELLO, lambda peer, request: b"")
     serve_clock(rpc)
@@ -197,7 +211,7 @@ async def _open(
     book.learn(by_peer(membership.bootstrap))
     peers_file = PeersFile(folder / "peers.json", book)
     rank = LateRank()
-    net = await _open_network(stack, node, gate, book, rank)
+    net = await _open_network(stack, node, gate)
     host, plane, rpc, bulk = net.host, net.plane, net.rpc, net.bulk
     paths = WorkerPaths(plane)
     incarnation = _next_incarnation(folder / "incarnation")
@@ -215,6 +229,9 @@ async def _open(
         )
     )
     authority.store = store
+    hood = Neighbourhood(
+        own, config.mesh.max_neighbours, store, book, rpc.connected, lambda: gate.cut
+    )
     store.ingest_authority_untrusted(membership.credentials)
     measurement = await trio.to_thread.run_sync(measure_installed)
     allowed = frozenset(map(bytes.fromhex, config.attestation.allowed_measurements))
@@ -255,7 +272,7 @@ async def _open(
             train=train_runner_factory(paths, signer, config.train),
             serve=serve.open_runner,
         ),
-        members=partial(live_members, store, rpc, own),
+        members=partial(live_members, store, rpc, own, hood),
         scratch_root=node.home.jobs,
         on_checkpoint=flow.publish,
         counters=counters,
@@ -264,14 +281,17 @@ async def _open(
         host,
         admission,
         book,
-        partial(known_members, store),
+        hood.members,
         ready=rpc.connected,
         greet=lambda peer: rpc.call(peer, HELLO, b""),
         blocked=lambda: gate.cut,
         timeout_seconds=config.mesh.connect_seconds,
         rank=rank,
         connections=host.connections,
+        chosen=hood.chosen,
+        permit=gate.may_meet,
     )
+    net.reach_through(connector)
     senses = LinkSenses(rpc, paths, plane.registry.traffic)
     probe = await enter(
         open_link_probe(config.nat.probe, own, bulk, senses, counters, Random())
@@ -317,6 +337,7 @@ async def _open(
         serving,
         book,
         peers_file,
+        hood,
         connector,
         doubts,
         TraversalReport(nat, probe, config.nat_in_budget),

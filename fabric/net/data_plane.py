@@ -43,7 +43,7 @@ from fabric.net.acceptors import Acceptor, AcceptRpc, RpcAcceptor
 from fabric.net.arrivals import Arrivals
 from fabric.net.data_config import DataConfig
 from fabric.net.failures import network_errors
-from fabric.net.host import Host
+from fabric.net.host import Host, OpenStream
 from fabric.net.offers import (
     MAX_ADDRESSES,
     OFFER_REPLY,
@@ -136,6 +136,7 @@ class DataPlane:
         self._acceptors: dict[type[OfferPurpose], Acceptor] = {}
         self._arrivals = Arrivals(config, self, counters)
         self._provider: PathProvider | None = None
+        self._open_stream: OpenStream = host.open_stream
         self._mapped: tuple[str, ...] = ()
         self.registry = SocketRegistry(config.budget)
         self._credentials = issue_identity_certificate(signer, time.time())
@@ -170,6 +171,10 @@ class DataPlane:
     def set_path_provider(self, provider: PathProvider) -> None:
         """Ask ``provider`` where plain dials do not lead."""
         self._provider = provider
+
+    def set_opener(self, open_stream: OpenStream) -> None:
+        """Open the streams of offers so: it may connect and attest first."""
+        self._open_stream = open_stream
 
     def advertise(self, addresses: Sequence[str]) -> None:
         """Offer these "ip:port" too: those that a router maps to our listener."""
@@ -293,7 +298,7 @@ class DataPlane:
     async def _ask(
         self, peer: PeerId, request: OfferRequest
     ) -> OfferGranted | OfferRefused:
-        stream = await self._host.open_stream(peer, PROTOCOL_OFFER)
+        stream = await self._open_stream(peer, PROTOCOL_OFFER)
         try:
             await stream.send_all(encode_frame(OFFER_REQUEST.encode(request)))
             frame = await _receive_frame_untrusted(stream, OFFER_REPLY.max_bytes)

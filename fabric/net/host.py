@@ -17,6 +17,8 @@ from fabric.core.ids import PeerId
 
 StreamHandler = Callable[[PeerId, trio.abc.Stream], Awaitable[None]]
 """Serves one inbound stream. The host closes the stream when it returns or raises."""
+OpenStream = Callable[[PeerId, str], Awaitable[trio.abc.Stream]]
+"""Opens a stream of a protocol with a peer, as :meth:`Host.open_stream` does."""
 TakeSocket = Callable[[socket.socket], None]
 """Owns a connected, non-blocking socket from then on."""
 

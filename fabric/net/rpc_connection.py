@@ -71,6 +71,8 @@ class RpcConnection:
         self.retired = False
         self._background = background
         self._used_at = trio.current_time()
+        # calls that run: ours under their number, the peer's under its negative
+        self._in_use: set[int] = set()
         self._stream = stream
         self._config = config
         self._serve = serve
@@ -104,7 +106,7 @@ class RpcConnection:
     @property
     def idle_seconds(self) -> float:
         """How long nobody used it, for anything but background; 0 while calls run."""
-        if self._callers or self._core.is_serving:
+        if self._in_use:
             return 0.0
         return trio.current_time() - self._used_at
 
@@ -171,13 +173,14 @@ class RpcConnection:
             await trio.lowlevel.checkpoint_if_cancelled()
         call = self._core.request(method, request, deadline, now)
         self._callers[call] = trio.lowlevel.current_task()
-        self._note_use(method)
+        self._begin_use(call, method)
         self._wake_writer()
         if deadline < self._armed:
             self._timer.unpark()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._callers.pop(call, None)
+            self._end_use(call)
             self._core.cancel(call)
             self._wake_writer()
             return trio.lowlevel.Abort.SUCCEEDED
@@ -187,6 +190,7 @@ class RpcConnection:
 
     def respond(self, call: int, payload: bytes) -> None:
         """Answer the peer's call; a peer that does not take answers is disconnected."""
+        self._end_use(-call)
         try:
             self._core.respond(call, payload)
         except ResourceExhausted as exc:
@@ -195,6 +199,7 @@ class RpcConnection:
 
     def refuse(self, call: int, error: FabricError) -> None:
         """Decline the peer's call."""
+        self._end_use(-call)
         try:
             self._core.refuse(call, error)
         except ResourceExhausted as exc:
@@ -255,21 +260,27 @@ class RpcConnection:
             self._note_proof()
             for event in events:
                 match event:
-                    case RequestReceived(method=method):
-                        self._note_use(method)
+                    case RequestReceived(id=call, method=method):
+                        self._begin_use(-call, method)
                         self._serve(self, event)
                     case ResponseReceived(id=call, payload=payload):
                         self._wake_caller(call, outcome.Value[object](payload))
                     case RefusalReceived(id=call, error=error):
                         self._wake_caller(call, outcome.Error(error))
                     case CancelReceived(id=call):
+                        self._end_use(-call)
                         if (scope := self._handlers.pop(call, None)) is not None:
                             scope.cancel()
             if self._core.has_output:
                 self._wake_writer()
 
-    def _note_use(self, method: str) -> None:
+    def _begin_use(self, call: int, method: str) -> None:
         if method not in self._background:
+            self._in_use.add(call)
+
+    def _end_use(self, call: int) -> None:
+        if call in self._in_use:
+            self._in_use.discard(call)
             self._used_at = trio.current_time()
 
     def _note_proof(self) -> None:
@@ -314,6 +325,7 @@ class RpcConnection:
         self, call: int, result: outcome.Value[object] | outcome.Error
     ) -> None:
         task = self._callers.pop(call, None)
+        self._end_use(call)
         if task is not None:
             trio.lowlevel.reschedule(task, result)
 

@@ -143,11 +143,6 @@ class RpcCore:
         return self._liveness.in_doubt
 
     @property
-    def is_serving(self) -> bool:
-        """Whether calls of the peer have no answer yet."""
-        return bool(self._serving)
-
-    @property
     def is_draining(self) -> bool:
         """Whether another connection replaces this one."""
         return self._draining

@@ -42,6 +42,11 @@ FULL_EVERY = 10
 """Every tenth question asks for everybody: who unregistered is dropped by that."""
 
 
+FEW_PEERS = 48
+"""So many peers may ask a point once per pause; with more the pause grows."""
+MAX_STRETCH = 20.0
+
+
 def namespace_of(mesh: MeshId) -> str:
     """Return where the members of ``mesh`` register.
 
@@ -251,8 +256,10 @@ class Discovery:
         point.failures = 0
         point.error = None
         point.cookie = cookie
-        pause = self._config.discover_seconds * self._rng.uniform(0.75, 1.25)
-        point.next_at = now + pause
+        # a point answers all members: the more there are, the more seldom they ask
+        stretch = min(max(1.0, len(self._found) / FEW_PEERS), MAX_STRETCH)
+        pause = self._config.discover_seconds * stretch
+        point.next_at = now + pause * self._rng.uniform(0.75, 1.25)
 
     def on_failed(self, visit: Visit, error: FabricError, now: float) -> None:
         """Note why a visit failed, and when to go there again."""

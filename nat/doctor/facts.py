@@ -185,16 +185,19 @@ class Members(msgspec.Struct, frozen=True, kw_only=True):
         known: Members in the replicated state.
         connected: Those with a live connection.
         stale: Those whose record ran out: gone, or in another island.
+        on_demand: Those that are there and connected when needed: no neighbours.
     """
 
     known: tuple[str, ...] = ()
     connected: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
+    on_demand: tuple[str, ...] = ()
 
     @property
     def away(self) -> tuple[str, ...]:
         """Members that should be connected and are not."""
-        return tuple(sorted(set(self.known) - set(self.connected) - set(self.stale)))
+        fine = {*self.connected, *self.stale, *self.on_demand}
+        return tuple(sorted(set(self.known) - fine))
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
@@ -281,6 +284,7 @@ class PeerFacts(msgspec.Struct, frozen=True, kw_only=True):
         circuits: Relays that were tried lately; None when there is no relay client.
         punched: The last hole punch, or None.
         nat: What the peer says about its NAT, or None.
+        on_demand: Not connected, because it is no neighbour and nobody needs it.
     """
 
     peer: str
@@ -297,6 +301,7 @@ class PeerFacts(msgspec.Struct, frozen=True, kw_only=True):
     circuits: tuple[CircuitTried, ...] | None = None
     punched: Punched | None = None
     nat: Reachability | None = None
+    on_demand: bool = False
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

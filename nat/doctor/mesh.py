@@ -54,6 +54,8 @@ def members(facts: Facts) -> Finding:
         return ok(name, "no other member yet: `fabric invite` makes a token")
     away = members.away
     text = f"{len(members.connected)} of {len(members.known)} connected"
+    if members.on_demand:
+        text += f", {len(members.on_demand)} when needed"
     if not away:
         gone = f", {len(members.stale)} long gone" if members.stale else ""
         return ok(name, text + gone)

@@ -211,6 +211,8 @@ def _ago(seconds: float) -> str:
 
 def _path(peer: PeerFacts, own: Reachability | None) -> Finding:
     name = "peer.path"
+    if peer.on_demand:
+        return ok(name, "not a neighbour: connected when needed")
     if not peer.connected:
         last = peer.last_error or Refusal("E_NOT_CONNECTED", "no dial was made yet")
         wait = (

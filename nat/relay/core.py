@@ -93,6 +93,11 @@ class RelayBook:
         """Reservations that are held, expired ones included until the next sweep."""
         return len(self._held)
 
+    def serves(self, peer: PeerId) -> bool:
+        """Return whether ``peer`` has a reservation here, or an end of a circuit."""
+        ends = ((circuit.source, circuit.target) for circuit in self._circuits)
+        return peer in self._held or any(peer in pair for pair in ends)
+
     @property
     def circuits(self) -> frozenset[Circuit]:
         """The circuits that are open."""

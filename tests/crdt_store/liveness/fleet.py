@@ -10,6 +10,7 @@ from collections import Counter
 from crdt_store.liveness.config import LivenessConfig
 from crdt_store.liveness.core import Call, State, Swim
 from crdt_store.liveness.messages import CODEC, Ack
+from fabric.app.neighbours import Rings
 from fabric.core.ids import PeerId
 
 LATENCY = 0.02
@@ -26,7 +27,9 @@ def seal_of(peer: PeerId, incarnation: int) -> bytes:
 class Fleet:
     """Members that know each other; ``run`` moves the clock."""
 
-    def __init__(self, count: int, *, seed: int = 0, config=None) -> None:
+    def __init__(self, count: int, *, seed: int = 0, config=None, limit=0) -> None:
+        self.limit = limit
+        self._settled = (0, 0)
         self.config = config or LivenessConfig()
         self.rng = random.Random(seed)
         self.now = 0.0
@@ -58,15 +61,34 @@ class Fleet:
         )
         for core in self.cores.values():
             core.set_members(members)
+        self.settle_neighbours()
         self._touch(peer)
+
+    def settle_neighbours(self) -> None:
+        """Have everybody choose its neighbours by what it believes, if there are any"""
+        deaths = sum(len(core.dead) for core in self.cores.values())
+        if self.limit and self._settled != (len(self.cores), deaths):
+            self._settled = len(self.cores), deaths
+            rings = Rings(self.limit // 2)
+            rings.set_peers(set(self.cores))
+            for peer in self.alive():
+                core = self.cores[peer]
+                core.set_neighbours(rings.around(peer, core.dead))
 
     def kill(self, peer: PeerId, *, noticed: bool = True) -> None:
         """End a process; with ``noticed`` its connections break, as on a live host."""
         self.killed.add(peer)
         if noticed:
             for other in self.alive():
-                self.cores[other].broke(peer)
-                self._touch(other)
+                if not self.limit or other in self.near_of(peer):
+                    self.cores[other].broke(peer)
+                    self._touch(other)
+
+    def near_of(self, peer: PeerId) -> set[PeerId]:
+        """Return whom ``peer`` has connections with."""
+        rings = Rings(self.limit // 2)
+        rings.set_peers(set(self.cores))
+        return rings.around(peer)
 
     def stall(self, peer: PeerId, seconds: float) -> None:
         """Stop a process; what it gets waits until then."""
@@ -114,6 +136,7 @@ class Fleet:
         while not condition():
             assert self.now - begun < limit, f"not within {limit} s"
             self.run(0.25)
+            self.settle_neighbours()
         return self.now - begun
 
     def _at(self, when: float, peer: PeerId, act) -> None:
