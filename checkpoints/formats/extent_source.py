@@ -1,9 +1,9 @@
 """A source whose index said where each element lies: the reader of foreign formats.
 
-Foreign files carry no hash of their content that we could check, so what can be checked
-is checked when the source is opened: the extents of a tensor tile it exactly, and each
-lies inside a regular file of its directory. Missing and truncated files are refused
-here, before a byte is written anywhere.
+What can be checked is checked when the source is opened: the extents of a tensor tile
+it exactly, and each lies inside a regular file of its directory. Missing and truncated
+files are refused here, before a byte is written anywhere. Where a format has checksums,
+each is checked before the first byte of its range is used.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from checkpoints.boxes import (
     tiling_fault,
 )
 from checkpoints.dtypes import item_bytes, tensor_bytes
+from checkpoints.formats.checksums import Checksum, Checksums
 from checkpoints.formats.source import Ignored
 from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import Json
@@ -87,6 +88,7 @@ class ExtentSource:
         aliases: Name -> stored name.
         state: Everything that is not a tensor.
         ignored: What is not carried over.
+        checksums: Of byte ranges that hold extents.
 
     Raises:
         IntegrityError: extents that do not tile their tensor (``E_GAP``,
@@ -104,6 +106,7 @@ class ExtentSource:
         aliases: Mapping[str, str] | None = None,
         state: Mapping[str, Json] | None = None,
         ignored: Sequence[Ignored] = (),
+        checksums: Sequence[Checksum] = (),
     ) -> None:
         self.format = format_name
         self.path = path
@@ -112,6 +115,7 @@ class ExtentSource:
         self.ignored: Sequence[Ignored] = tuple(ignored)
         self._base = base
         self._tensors = dict(tensors)
+        self._checksums = Checksums(checksums)
         self._open: OrderedDict[str, int] = OrderedDict()
         self._scratch = bytearray()
         for alias, target in self.aliases.items():
@@ -220,6 +224,7 @@ class ExtentSource:
             if part is None:
                 continue
             filled += part.volume * item
+            self._checksums.check(extent.file, extent.begin, self._read)
             if extent.strides is None or extent.strides == strides_of(extent.box.sizes):
                 for run in runs(part, extent.box, box):
                     at, length = run.target * item, run.length * item

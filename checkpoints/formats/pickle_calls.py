@@ -218,6 +218,8 @@ RECORDS = frozenset(
         f"{_DCP}.metadata": "Metadata TensorStorageMetadata BytesStorageMetadata "
         "ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta "
         "_MEM_FORMAT_ENCODING",
+        "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties "
+        "MEM_FORMAT_ENCODING",
         f"{_DCP}.filesystem": "_StorageInfo _StoragePrefix",
         "torch.serialization": "_get_layout",
         "torch.nn.parameter": "Parameter",

@@ -66,6 +66,7 @@ def open_source(path: Path) -> Source:
         aliases=aliases,
         state=named.state,
         ignored=ignored,
+        checksums=archive.checksums,
     )
 
 

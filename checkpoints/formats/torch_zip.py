@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from checkpoints.boxes import strides_of, whole
 from checkpoints.dtypes import item_bytes
+from checkpoints.formats.checksums import Checksum
 from checkpoints.formats.extent_source import Extent, StoredTensor, open_regular
 from checkpoints.formats.pickle_values import TensorRef
 from checkpoints.formats.unpickle import LIMITS, unpickle_untrusted
@@ -66,6 +69,14 @@ class Span(msgspec.Struct, frozen=True):
         )
 
 
+class _Entry(NamedTuple):
+    """An entry's bytes, counted from the archive's; a CRC32 of 0 says there is none."""
+
+    begin: int
+    size: int
+    crc32: int
+
+
 class Archive(msgspec.Struct, frozen=True):
     """An archive's content.
 
@@ -73,11 +84,13 @@ class Archive(msgspec.Struct, frozen=True):
         file: Where it lies, relative to the checkpoint's directory.
         value: What was saved, made of inert values.
         storages: Key -> first byte in the file, and size.
+        checksums: Of the storages; none if torch was told to write none.
     """
 
     file: str
     value: object
     storages: Mapping[str, tuple[int, int]]
+    checksums: tuple[Checksum, ...]
 
     def stored(self, tensor: TensorRef) -> StoredTensor:
         """Return where the elements of ``tensor`` lie.
@@ -140,13 +153,21 @@ def read_span(span: Span, *, modules: tuple[str, ...] = ()) -> Archive:
         )
     program = _content(span, entries, f"{root}/data.pkl", LIMITS.max_bytes)
     prefix = f"{root}/data/"
-    storages = {
-        name[len(prefix) :]: (span.begin + begin, size)
-        for name, (begin, size) in entries.items()
+    data = {
+        name[len(prefix) :]: entry
+        for name, entry in entries.items()
         if name.startswith(prefix)
     }
-    value = unpickle_untrusted(program or b"", modules=modules)
-    return Archive(span.file, value, storages)
+    return Archive(
+        span.file,
+        unpickle_untrusted(program or b"", modules=modules),
+        {key: (span.begin + each.begin, each.size) for key, each in data.items()},
+        tuple(
+            Checksum(span.file, span.begin + each.begin, each.size, each.crc32)
+            for each in data.values()
+            if each.crc32
+        ),
+    )
 
 
 def _no_archive(span: Span, begin: bytes) -> IntegrityError:
@@ -159,18 +180,21 @@ def _no_archive(span: Span, begin: bytes) -> IntegrityError:
 
 
 def _content(
-    span: Span, entries: Mapping[str, tuple[int, int]], name: str, limit: int
+    span: Span, entries: Mapping[str, _Entry], name: str, limit: int
 ) -> bytes | None:
     if name not in entries:
         return None
-    begin, size = entries[name]
-    if size > limit:
-        raise span.refuse(f"{name!r} has {size} B, more than {limit}")
-    return span.read(begin, size)
+    entry = entries[name]
+    if entry.size > limit:
+        raise span.refuse(f"{name!r} has {entry.size} B, more than {limit}")
+    data = span.read(entry.begin, entry.size)
+    if entry.crc32 and zlib.crc32(data) != entry.crc32:
+        raise span.refuse(f"{name!r} is not what it was: its CRC32 differs")
+    return data
 
 
-def _entries(span: Span) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield name, first byte and size of each entry; none shares bytes with another.
+def _entries(span: Span) -> Iterator[tuple[str, _Entry]]:
+    """Yield each entry by name; none shares bytes with another.
 
     An archive is smaller than what it is read into only if entries are compressed or
     lie on top of each other: both are refused.
@@ -183,14 +207,14 @@ def _entries(span: Span) -> Iterator[tuple[str, tuple[int, int]]]:
     placed: list[tuple[int, int]] = [(begin, begin + size)]
     at = 0
     for _ in range(count):
-        name, local, stored, at = _central(span, data, at)
+        name, local, stored, crc32, at = _central(span, data, at)
         if name in names:
             raise span.refuse(f"entry {name[:80]!r} twice")
         names.add(name)
         first = _first_byte(span, local, name)
         span.read(first + stored, 0)  # inside the archive
         placed.append((local, first + stored))
-        yield name, (first, stored)
+        yield name, _Entry(first, stored, crc32)
     placed.sort()
     for (_, end), (next_begin, _) in pairwise(placed):
         if next_begin < end:
@@ -217,8 +241,8 @@ def _directory(span: Span) -> tuple[int, int, int]:
     return end[7], end[8], end[9]
 
 
-def _central(span: Span, data: bytes, at: int) -> tuple[str, int, int, int]:
-    """Return an entry's name, place and size, and where the next one begins."""
+def _central(span: Span, data: bytes, at: int) -> tuple[str, int, int, int, int]:
+    """Return an entry's name, place, size and CRC32, and where the next one begins."""
     if at + _CENTRAL.size > len(data):
         raise span.refuse("its directory ends in the middle of an entry")
     fields = _CENTRAL.unpack_from(data, at)
@@ -243,7 +267,7 @@ def _central(span: Span, data: bytes, at: int) -> tuple[str, int, int, int]:
             f"entry {name[:80]!r} is compressed",
             "torch.save never compresses: save again",
         )
-    return name, local, size, end
+    return name, local, size, fields[7], end
 
 
 def _wide(extra: bytes) -> Iterator[int]:

@@ -358,3 +358,29 @@ def test_every_type_has_a_name_in_torch() -> None:
     file = io.BytesIO()
     torch.save({}, file)
     assert zipfile.ZipFile(file).read("archive/version") == b"3\n"
+
+
+def test_a_flipped_byte_is_caught_and_named(tmp_path) -> None:
+    """torch writes checksums and does not look at them."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(300_000), "b": torch.ones(3)}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path)["a"], torch.ones(300_000))
+    with opened(path) as source:
+        assert b"".join(map(bytes, source.windows("model/b")))
+        with pytest.raises(IntegrityError) as caught:
+            source.read_box("model/a", (0,), (1,), bytearray(4))
+    assert caught.value.code == "E_CHECKSUM"
+    assert "a.pt" in caught.value.reason
+
+
+def test_archives_without_checksums_are_read(tmp_path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with opened(tmp_path / "a.pt") as source:
+        assert b"".join(map(bytes, source.windows("model/a"))) == b"\0\0\x80?" * 3
