@@ -75,10 +75,12 @@ class RoutingConfig(
         store_interval_seconds: Pause between two records sent to one peer; peers refuse
             more than ten in ten seconds.
         query_seconds: One peer may take this long to answer.
+        search_seconds: A search ends after this with what it has found.
         parallel: Peers asked at once (alpha).
     """
 
     replicas: int = 20
     store_interval_seconds: float = 1.0
     query_seconds: float = 10.0
+    search_seconds: float = 6.0
     parallel: int = 10

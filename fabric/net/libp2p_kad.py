@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import trio
@@ -92,26 +92,43 @@ class Libp2pRouting:
         """Ask nearer and nearer peers until none is nearer, or ``enough`` is found."""
         if len(key) != KEY_BYTES:
             raise ValueError(f"key of {len(key)} B, not {KEY_BYTES}")
-        walk = Walk(key, self._host.peer_id)
+        walk = self._new_walk(key, enough)
+        bell, answers = trio.open_memory_channel[None](1)  # one ring says all
+        with trio.move_on_after(self._config.search_seconds):
+            async with trio.open_nursery() as nursery:
+                while not walk.is_over(now := trio.current_time()):
+                    for peer in walk.take(now):
+                        nursery.start_soon(self._visit, walk, peer, bell)
+                    with trio.move_on_at(walk.next_timeout(now)):
+                        await answers.receive()
+                nursery.cancel_scope.cancel()  # whoever was passed over
+        return walk
+
+    def _new_walk(self, key: bytes, enough: int | None) -> Walk:
+        config = self._config
+        walk = Walk(
+            key,
+            self._host.peer_id,
+            replicas=config.replicas,
+            parallel=config.parallel,
+            enough=enough,
+        )
         for peer in self._host.connected():
             walk.learn(peer, ())
         for known in self._dht.routing_table.find_local_closest_peers(
-            key, self._config.replicas
+            key, config.replicas
         ):
             walk.learn(PeerId(str(known)), self._stored_addrs(known))
         for info in self._dht.provider_store.get_providers(key):
             walk.providers[PeerId(str(info.peer_id))] = None  # others gave us these
-        while batch := walk.next_batch(self._config.replicas, self._config.parallel):
-            if walk.has_found(enough):
-                break
-            async with trio.open_nursery() as nursery:
-                for peer in batch:
-                    nursery.start_soon(self._visit, walk, peer)
         return walk
 
-    async def _visit(self, walk: Walk, peer: PeerId) -> None:
-        walk.asked.add(peer)
+    async def _visit(
+        self, walk: Walk, peer: PeerId, bell: trio.MemorySendChannel[None]
+    ) -> None:
         await self._ask(walk, peer, announce=False)
+        with suppress(trio.WouldBlock):
+            bell.send_nowait(None)
 
     async def _ask(
         self, walk: Walk, peer: PeerId, *, announce: bool
@@ -128,6 +145,7 @@ class Libp2pRouting:
         except (FabricError, BaseLibp2pError, trio.TooSlowError) as exc:
             log.debug("kad.no_answer peer=%s error=%r", short(peer), exc)
             self._dht.routing_table.remove_peer(ID.from_base58(peer))
+            walk.miss(peer)
             return ()
         walk.hear(peer, () if announce else providers)
         return tuple(providers)
