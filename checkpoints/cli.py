@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import cyclopts
 
+from checkpoints import cli_convert
 from checkpoints.cli_output import (
     progress,
     show,
@@ -21,11 +21,10 @@ from checkpoints.cli_output import (
     size_text,
     talk,
 )
-from checkpoints.conversion import ConversionReport
+from checkpoints.comparison import diff_checkpoints
 from checkpoints.directories import list_steps
-from checkpoints.huggingface import MAX_SHARD_BYTES, export_huggingface
-from checkpoints.huggingface_import import import_huggingface
-from checkpoints.inspection import diff_checkpoints, inspect_checkpoint
+from checkpoints.inspection import Inspection, inspect_checkpoint
+from checkpoints.name_maps import load_map, map_names
 from checkpoints.verification import VerifyReport, verify_checkpoint
 from fabric.core.errors import ConfigError, FabricError, IntegrityError
 
@@ -35,33 +34,38 @@ app = cyclopts.App(
     version=lambda: version("peerfabric"),
     result_action="return_value",
 )
+cli_convert.add_to(app)
 
 MAX_SHOWN_FINDINGS = 20
 
 
 @app.command
 def inspect(
-    path: Path, *, root: str = "", tensors: bool = False, json: bool = False
+    path: Path,
+    *,
+    root: str = "",
+    from_format: str = "",
+    tensors: bool = False,
+    json: bool = False,
 ) -> None:
-    """Show what a checkpoint holds; reads the manifest only.
+    """Show what a checkpoint of any format holds; reads its index only.
 
     Args:
-        path: A step-N directory, or the directory whose `latest` names one.
+        path: A file or directory; of canonical checkpoints a step, or the directory
+            whose `latest` names one.
         root: Root id that it must have.
+        from_format: Its format, if it is not found out.
         tensors: List every tensor.
         json: Print JSON, tensors included.
     """
-    found = inspect_checkpoint(path, root=root)
+    found = inspect_checkpoint(path, root=root, from_format=from_format)
     if json:
         show_json(found)
         return
     show(f"path    {found.path}")
-    show(f"root    {found.root}")
-    show(f"step    {found.step}")
-    show(f"parent  {found.parent or '-'}")
-    steps = [str(step) for step in list_steps(path)]
-    if steps:
-        show(f"steps   {' '.join(steps)}")
+    show(f"format  {found.format}")
+    if found.root:
+        _show_step(found, path)
     for name, section in sorted(found.sections.items()):
         show(
             f"{name + '/':8}{section.tensors} tensors, {section.elements} elements, "
@@ -70,18 +74,33 @@ def inspect(
     for file, size in sorted(found.files.items()):
         show(f"file    {file}  {size_text(size)}")
     show(f"state   {' '.join(sorted(found.state)) or '-'}")
+    for each in found.ignored:
+        show(f"left    {each.name}: {each.reason}")
     for tensor in found.tensors if tensors else ():
         alias = f" = {tensor.alias_of}" if tensor.alias_of else ""
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         show(f"tensor  {tensor.name}  {tensor.dtype} {shape}{alias}")
 
 
+def _show_step(found: Inspection, path: Path) -> None:
+    show(f"root    {found.root}")
+    show(f"step    {found.step}")
+    show(f"parent  {found.parent or '-'}")
+    steps = [str(step) for step in list_steps(path)]
+    if steps:
+        show(f"steps   {' '.join(steps)}")
+
+
 @app.command
 def verify(path: Path, *, root: str = "", json: bool = False) -> None:
     """Read every byte and compare it with its hash; exit 8 if anything is wrong.
 
+    Formats other than the canonical one hold no hashes: of them this checks that every
+    element is there once, and can be read.
+
     Args:
-        path: A step-N directory, or the directory whose `latest` names one.
+        path: A file or directory; of canonical checkpoints a step, or the directory
+            whose `latest` names one.
         root: Root id that it must have; without it, only damage is found, not forgery.
         json: Print the report as one JSON object.
     """
@@ -108,82 +127,36 @@ def _show_verification(report: VerifyReport) -> None:
             show(f"  tensors: {', '.join(finding.tensors)}")
     if report.num_findings > MAX_SHOWN_FINDINGS:
         show(f"... {report.num_findings - MAX_SHOWN_FINDINGS} more; --json shows them")
-    if report.ok:
+    if report.ok and report.hashed:
         show(
             f"ok: {report.tensors} tensors, {report.files} files, {report.blocks} "
             f"blocks, {size_text(report.checked_bytes)}, root {report.root}"
         )
+    elif report.ok:
+        show(
+            f"whole: {report.tensors} tensors, {size_text(report.checked_bytes)}; "
+            f"{report.format} has no hashes, so changed bytes are not found"
+        )
 
 
 @app.command
-def convert(
-    source: Path,
-    target: Path,
-    *,
-    to: Literal["huggingface", "canonical"],
-    root: str = "",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    step: int = 0,
-    json: bool = False,
+def diff(
+    first: Path, second: Path, *, tensors_only: bool = False, json: bool = False
 ) -> None:
-    """Convert a checkpoint, then read the result again and compare every tensor.
+    """Compare two checkpoints bit by bit, of any formats; exit 1 if they differ.
+
+    How they are cut into files does not matter.
 
     Args:
-        source: Canonical step (to huggingface), or Hugging Face directory.
-        target: New directory (huggingface), or directory of steps (canonical).
-        to: Format to write.
-        root: Root id that a canonical source must have.
-        max_shard_bytes: Tensor bytes per Hugging Face file.
-        step: Step to save as (canonical).
-        json: Print the report of every tensor as one JSON object.
-    """
-    with progress("convert") as on_progress:
-        if to == "huggingface":
-            report = export_huggingface(
-                source,
-                target,
-                root=root,
-                max_shard_bytes=max_shard_bytes,
-                on_progress=on_progress,
-            )
-        else:
-            report = import_huggingface(
-                source, target, step=step, on_progress=on_progress
-            )
-    if json:
-        show_json(report)
-    else:
-        _show_conversion(report)
-
-
-def _show_conversion(report: ConversionReport) -> None:
-    for outcome in report.tensors:
-        if outcome.action == "not_exported":
-            show(f"not exported: {outcome.source}: {outcome.reason}")
-        elif outcome.action == "tied":
-            show(f"tied: {outcome.source} is stored as {outcome.target}")
-    for line in report.skipped:
-        show(f"not converted: {line}")
-    for note in report.notes:
-        show(f"note: {note}")
-    copied = sum(outcome.action == "copied" for outcome in report.tensors)
-    show(
-        f"ok: {copied} tensors, {size_text(report.copied_bytes)} to {report.target}; "
-        f"read again and equal to the source, root {report.root}"
-    )
-
-
-@app.command
-def diff(first: Path, second: Path, *, json: bool = False) -> None:
-    """Compare two checkpoints bit by bit, however they are cut; exit 1 if they differ.
-
-    Args:
-        first: A step-N directory, or the directory whose `latest` names one.
+        first: A file or directory.
         second: Another.
+        tensors_only: Leave out what is not a tensor.
         json: Print JSON.
     """
     with progress("diff") as on_progress:
-        report = diff_checkpoints(first, second, on_progress=on_progress)
+        report = diff_checkpoints(
+            first, second, tensors_only=tensors_only, on_progress=on_progress
+        )
     if json:
         show_json(report)
     else:
@@ -194,6 +167,22 @@ def diff(first: Path, second: Path, *, json: bool = False) -> None:
     if not report.same:
         talk(f"{len(report.differences)} differences")
         raise SystemExit(1)
+
+
+@app.command
+def maps(*, json: bool = False) -> None:
+    """List the name maps between the forms of model families.
+
+    Args:
+        json: Print JSON.
+    """
+    known = {name: load_map(name) for name in map_names()}
+    if json:
+        show_json(known)
+        return
+    for name, each in known.items():
+        show(f"{name}: {each.parts_form} <-> {each.whole_form}")
+        show(f"  {each.title}; {', '.join(each.model_types)}")
 
 
 def _run(arguments: list[str]) -> None:

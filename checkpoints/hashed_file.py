@@ -1,8 +1,9 @@
-"""A file that is hashed while it is written."""
+"""A file that is hashed while it is written; long zeros become holes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,9 @@ Buffer = bytes | bytearray | memoryview
 
 WRITE_BYTES = 4 << 20
 """One write call: four blocks, still in the CPU's cache when they are hashed."""
+_ZEROS = bytes(WRITE_BYTES)
+_MIN_HOLE_BYTES = 64 << 10
+"""Shorter zeros are written: a seek is no cheaper."""
 
 
 class HashedFile:
@@ -27,6 +31,7 @@ class HashedFile:
         self._whole = blake3()
         self._block = blake3()
         self._blocks: list[str] = []
+        self._ends_in_hole = False
         self.size = 0
 
     def __enter__(self) -> Self:
@@ -46,6 +51,11 @@ class HashedFile:
         for at in range(0, len(view), WRITE_BYTES):
             part = view[at : at + WRITE_BYTES]
             self._hash(part)
+            if is_zero(part):
+                os.lseek(self._fd, len(part), os.SEEK_CUR)
+                self._ends_in_hole = True
+                continue
+            self._ends_in_hole = False
             while part:
                 part = part[os.write(self._fd, part) :]
 
@@ -53,6 +63,8 @@ class HashedFile:
         """Flush to the disk and return size and hashes."""
         if self.size % BLOCK_BYTES:
             self._close_block()
+        if self._ends_in_hole:
+            os.ftruncate(self._fd, self.size)
         os.fsync(self._fd)
         return FileEntry(self.size, self._whole.hexdigest(), tuple(self._blocks))
 
@@ -70,3 +82,21 @@ class HashedFile:
     def _close_block(self) -> None:
         self._blocks.append(self._block.hexdigest())
         self._block = blake3()
+
+
+def is_zero(part: memoryview) -> bool:
+    """Return whether ``part`` is long and all zero; looks at three bytes first."""
+    length = len(part)
+    return (
+        length >= _MIN_HOLE_BYTES
+        and not (part[0] or part[length // 2] or part[-1])
+        and part.tobytes() == _ZEROS[:length]
+    )
+
+
+def hash_windows(windows: Iterable[Buffer]) -> str:
+    """Return the BLAKE3 of the bytes in ``windows``, as hex."""
+    hasher = blake3()
+    for window in windows:
+        hasher.update(window)
+    return hasher.hexdigest()

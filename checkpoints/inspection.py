@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two of them differ, from their manifests' words."""
+"""What a checkpoint of any format holds; reads its index only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoints.dtypes import tensor_bytes
+from checkpoints.dtypes import item_bytes, tensor_bytes
+from checkpoints.formats.registry import open_source
+from checkpoints.formats.source import Ignored, Source
 from checkpoints.manifest import Json
-from checkpoints.progress import Progress, no_progress
 from checkpoints.reader import CheckpointReader
-from checkpoints.safetensors_file import hash_windows
+from fabric.core.errors import IntegrityError
 
 
 class TensorSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,145 +35,87 @@ class SectionSummary(msgspec.Struct, kw_only=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything but the elements."""
-
-    path: str
-    root: str
-    version: int
-    step: int
-    parent: str
-    sections: dict[str, SectionSummary]
-    files: dict[str, int]
-    tensors: list[TensorSummary]
-    state: dict[str, Json]
-    layout: dict[str, Json]
-
-
-class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """A name under which two checkpoints differ.
+    """Everything but the elements.
 
     Attributes:
-        name: Tensor, or ``state.<key>``.
-        kind: "only_in_first", "only_in_second", "type", "shape", "elements", "state".
-        detail: The two values, in words.
+        root: Of a canonical checkpoint; as ``version``, ``step``, ``parent``, ``files``
+            and ``layout``.
+        ignored: What a conversion would not carry over, and why.
     """
 
-    name: str
-    kind: str
-    detail: str = ""
+    path: str
+    format: str
+    sections: dict[str, SectionSummary]
+    tensors: list[TensorSummary]
+    state: dict[str, Json]
+    ignored: list[Ignored]
+    root: str = ""
+    version: int = 0
+    step: int | None = None
+    parent: str = ""
+    files: dict[str, int] = {}
+    layout: dict[str, Json] = {}
 
 
-class DiffReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All differences between two checkpoints; none if ``same``."""
-
-    first: str
-    second: str
-    same: bool
-    compared_tensors: int
-    differences: list[Difference]
-
-
-def inspect_checkpoint(path: Path, *, root: str = "") -> Inspection:
-    """Return what the checkpoint at ``path`` holds; reads the manifest only.
+def inspect_checkpoint(
+    path: Path, *, root: str = "", from_format: str = ""
+) -> Inspection:
+    """Return what the checkpoint at ``path`` holds; reads its index only.
 
     Raises:
         ConfigError: there is none.
-        IntegrityError: the manifest is damaged, or has another root.
+        IntegrityError: it is damaged, not whole, or has another root.
     """
-    with CheckpointReader(path, root=root) as reader:
-        manifest = reader.manifest
-        tensors = [_summary(reader, name) for name in reader.names()]
+    with open_source(path, from_format) as source:
+        tensors = [_summary(source, name) for name in source.names()]
         sections: defaultdict[str, SectionSummary] = defaultdict(SectionSummary)
         for tensor in tensors:
             if not tensor.alias_of:
                 section = sections[tensor.name.partition("/")[0]]
                 section.tensors += 1
                 section.size_bytes += tensor.size_bytes
-                section.elements += tensor.size_bytes // tensor_bytes(tensor.dtype, ())
-        return Inspection(
-            path=str(reader.path),
-            root=reader.root,
-            version=manifest.version,
-            step=manifest.step,
-            parent=manifest.parent,
+                section.elements += tensor.size_bytes // item_bytes(tensor.dtype)
+        found = Inspection(
+            path=str(source.path),
+            format=source.format,
             sections=dict(sections),
-            files={name: file.size for name, file in manifest.files.items()},
             tensors=tensors,
-            state=manifest.state,
-            layout=manifest.layout,
+            state=dict(source.state),
+            ignored=list(source.ignored),
         )
+        return _with_manifest(found, source, root)
 
 
-def _summary(reader: CheckpointReader, name: str) -> TensorSummary:
-    entry = reader.entry(name)
+def _with_manifest(found: Inspection, source: Source, root: str) -> Inspection:
+    """Add what only a canonical checkpoint has."""
+    own = source.root if isinstance(source, CheckpointReader) else ""
+    if root and root != own:
+        raise IntegrityError(
+            f"{source.path}: root {own or 'none'}, wanted {root}",
+            code="E_ROOT",
+            next_step="the checkpoint was changed, or is another one",
+        )
+    if not isinstance(source, CheckpointReader):
+        return found
+    manifest = source.manifest
+    return msgspec.structs.replace(
+        found,
+        root=own,
+        version=manifest.version,
+        step=manifest.step,
+        parent=manifest.parent,
+        files={name: file.size for name, file in manifest.files.items()},
+        layout=manifest.layout,
+    )
+
+
+def _summary(source: Source, name: str) -> TensorSummary:
+    entry = source.entry(name)
     return TensorSummary(
         name=name,
         dtype=entry.dtype,
         shape=entry.shape,
         size_bytes=tensor_bytes(entry.dtype, entry.shape),
-        chunks=len(entry.chunks),
-        alias_of=reader.manifest.aliases.get(name, ""),
+        chunks=len(source.boxes(name)),
+        alias_of=source.aliases.get(name, ""),
     )
-
-
-def diff_checkpoints(
-    first: Path, second: Path, *, on_progress: Progress = no_progress
-) -> DiffReport:
-    """Return how two checkpoints differ: element bytes, types, shapes, names, state.
-
-    How the elements are cut into chunks and files does not matter. Reads both in
-    bounded memory; every byte is verified on the way.
-
-    Raises:
-        ConfigError: one is missing.
-        IntegrityError: one is damaged.
-    """
-    with CheckpointReader(first) as a, CheckpointReader(second) as b:
-        differences = [
-            Difference(name=name, kind=kind)
-            for kind, mine, other in (
-                ("only_in_first", a, b),
-                ("only_in_second", b, a),
-            )
-            for name in sorted(set(mine.names()) - set(other.names()))
-        ]
-        common = sorted(set(a.names()) & set(b.names()))
-        total = sum(_summary(a, name).size_bytes for name in common)
-        done = 0
-        for name in common:
-            difference = _diff_tensor(a, b, name)
-            if difference is not None:
-                differences.append(difference)
-            done += _summary(a, name).size_bytes
-            on_progress(done, total)
-        differences += _diff_state(a.manifest.state, b.manifest.state)
-        return DiffReport(
-            first=str(a.path),
-            second=str(b.path),
-            same=not differences,
-            compared_tensors=len(common),
-            differences=differences,
-        )
-
-
-def _diff_tensor(
-    a: CheckpointReader, b: CheckpointReader, name: str
-) -> Difference | None:
-    mine, other = a.entry(name), b.entry(name)
-    if mine.dtype != other.dtype:
-        detail = f"{mine.dtype} and {other.dtype}"
-        return Difference(name=name, kind="type", detail=detail)
-    if mine.shape != other.shape:
-        detail = f"{list(mine.shape)} and {list(other.shape)}"
-        return Difference(name=name, kind="shape", detail=detail)
-    if hash_windows(a.windows(name)) != hash_windows(b.windows(name)):
-        return Difference(name=name, kind="elements")
-    return None
-
-
-def _diff_state(a: dict[str, Json], b: dict[str, Json]) -> list[Difference]:
-    return [
-        Difference(name=f"state.{key}", kind="state")
-        for key in sorted(a.keys() | b.keys())
-        if key not in a or key not in b or a[key] != b[key]
-    ]

@@ -170,7 +170,7 @@ class CheckpointWriter:
             self._on_point("manifest.synced")
             sync_directory(self.temporary)
             self._on_point("directory.synced")
-            self._publish(root)
+            self.publish(root)
         return root
 
     def _refuse_existing(self) -> None:
@@ -210,8 +210,8 @@ class CheckpointWriter:
                 code="E_PARTS",
             )
 
-    def _publish(self, root: str) -> None:
-        """Rename the step into place, then point ``latest`` at it.
+    def publish(self, root: str) -> None:
+        """Rename the step, whole and synced, into place; point ``latest`` at it.
 
         The new ``latest`` is written before, so that a full disk refuses the step
         instead of leaving one that ``latest`` does not know.

@@ -30,7 +30,9 @@ class Format(msgspec.Struct, frozen=True):
 
 
 FORMATS: Mapping[str, Format] = {
-    "canonical": Format("canonical checkpoint", "canonical"),
+    "canonical": Format("canonical checkpoint", "canonical", writable=True),
+    "huggingface": Format("Hugging Face model", "huggingface", writable=True),
+    "safetensors": Format("one safetensors file", "single_file", writable=True),
     "torch": Format("file of torch.save (.pt)", "torch_file", writable=True),
 }
 """In the order in which a path is tried."""

@@ -105,10 +105,15 @@ class Plan(msgspec.Struct, frozen=True):
         files: In any order; they can be written side by side.
         finish: Writes and syncs the format's indexes into the directory, given the
             entries of all planned files by path.
-        ignored: What of the bundle the format has no place for, and why.
+        ignored: What of the bundle the format has no place for, and why: canonical
+            names of tensors, "state.<key>".
+        tied: Name of a tensor that is not written -> the one that stands for it.
         single_file: The target is one file (the only planned one), not a directory.
         subdirectory: What appears at once is this directory in the target, which may
             exist; empty: the target itself.
+        notes: What a person should know about the result.
+        rewritten: Keys of the state that the result holds in another form; a note says
+            how.
         publish: Puts the whole working directory (its argument) in its place instead
             of a plain rename to the second argument.
     """
@@ -116,8 +121,11 @@ class Plan(msgspec.Struct, frozen=True):
     files: Sequence[PlannedFile]
     finish: Callable[[Path, Mapping[str, FileEntry]], None]
     ignored: Sequence[Ignored] = ()
+    tied: Mapping[str, str] = {}
     single_file: bool = False
     subdirectory: str = ""
+    notes: Sequence[str] = ()
+    rewritten: Sequence[str] = ()
     publish: Callable[[Path, Path], None] | None = None
 
 

@@ -108,8 +108,8 @@ def test_refusals_have_code_reason_and_next_step(tmp_path, run):
         (["verify", tmp_path / "nowhere"], 2, "E_NOT_FOUND"),
         (["verify"], 2, "E_USAGE"),
         (["reshard", tmp_path], 2, "E_USAGE"),
-        (["convert", tmp_path, tmp_path, "--to", "pickle"], 2, "E_USAGE"),
-        (["convert", tmp_path, tmp_path / "x", "--to", "canonical"], 2, "E_NOT_FOUND"),
+        (["convert", tmp_path, tmp_path, "--to", "pickle"], 2, "E_FORMAT"),
+        (["convert", tmp_path, tmp_path / "x", "--to", "canonical"], 2, "E_FORMAT"),
     ]:
         found, out, err = run(*arguments, "--json")
         error = json.loads(out)["error"]
@@ -149,7 +149,7 @@ def test_a_process_without_torch_inspects_verifies_and_converts(tmp_path, lab):
         "model/tied": "copied",
         "model/bias": "copied",
         "model/none": "copied",
-        "outer/count": "not_exported",
+        "outer/count": "ignored",
     }
     status, out, _ = process(
         "convert", tmp_path / "hf", tmp_path / "back", "--to", "canonical"

@@ -5,16 +5,19 @@ import os
 
 import pytest
 
-from checkpoints.conversion import HashingMeter
-from checkpoints.huggingface import export_huggingface
-from checkpoints.huggingface_import import import_huggingface
-from checkpoints.llama import EMBEDDING, HEAD, expected_tensors
+from checkpoints.conversion import convert
+from checkpoints.conversion_plan import ConvertOptions
+from checkpoints.formats import single_file
+from checkpoints.formats.extent_source import ExtentSource
+from checkpoints.model_tensors import expected_tensors
 from checkpoints.parts import bytes_source
 from checkpoints.reader import CheckpointReader
-from checkpoints.safetensors_file import SafetensorsFile
+from checkpoints.safetensors_io import read_header_untrusted
 from checkpoints.writer import CheckpointWriter
 from fabric.core.errors import ConfigError, IntegrityError, ResourceExhausted
 
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 8,
@@ -53,13 +56,23 @@ def model(tmp_path, lab):
     return save
 
 
+def export_huggingface(source, target, on_progress=lambda *_: None, **options):
+    chosen = ConvertOptions(to="huggingface", **options)
+    return convert(source, target, chosen, on_progress=on_progress)
+
+
+def import_huggingface(source, target, **options):
+    return convert(source, target, ConvertOptions(to="canonical", **options))
+
+
 def exported(directory):
     """Return name -> bytes of all safetensors files in a directory."""
     found = {}
     for path in directory.glob("*.safetensors"):
-        with SafetensorsFile(path) as file:
-            for name in file.header.tensors:
-                found[name] = b"".join(map(bytes, file.windows(name)))
+        with single_file.open_source(path) as file:
+            for name in file.names():
+                content = b"".join(map(bytes, file.windows(name)))
+                found[name.removeprefix("model/")] = content
     return found
 
 
@@ -79,9 +92,13 @@ def test_exports_every_tensor_and_names_what_it_leaves(tmp_path, model, lab):
     assert config == {**CONFIG, "architectures": ["LlamaForCausalLM"]}
     assert report.verified
     assert outcomes(report, "copied") == sorted(f"model/{name}" for name in expected)
-    assert outcomes(report, "not_exported") == ["outer/momentum/x"]
+    assert outcomes(report, "ignored") == ["outer/momentum/x"]
     assert all(each.reason for each in report.tensors if each.action != "copied")
-    assert report.skipped == ["state.round: no place in a Hugging Face model"]
+    (left,) = report.ignored
+    assert (left.name, left.reason) == (
+        "state.round",
+        "no place in a Hugging Face model",
+    )
     assert calls[-1] == (2 * report.copied_bytes,) * 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "hf"]
 
@@ -92,15 +109,16 @@ def test_shards_have_an_index(tmp_path, model):
     assert index["metadata"]["total_size"] == report.copied_bytes
     assert index["weight_map"].keys() == expected_tensors(CONFIG).keys()
     for name, file in index["weight_map"].items():
-        with SafetensorsFile(tmp_path / "hf" / file) as opened:
-            assert name in opened.header.tensors
-            assert opened.header.metadata == {"format": "pt"}
-            sizes = [
-                e - b
-                for t in opened.header.tensors.values()
-                for b, e in [t.data_offsets]
-            ]
-            assert sum(sizes) <= 600 or len(sizes) == 1
+        with (tmp_path / "hf" / file).open("rb") as opened:
+            header = read_header_untrusted(opened)
+        assert name in header.tensors
+        assert header.metadata == {"format": "pt"}
+        sizes = [
+            end - begin
+            for each in header.tensors.values()
+            for begin, end in [each.data_offsets]
+        ]
+        assert sum(sizes) <= 600 or len(sizes) == 1
     assert len(set(index["weight_map"].values())) > 2
 
 
@@ -178,29 +196,38 @@ def test_a_damaged_source_leaves_no_target(tmp_path, model):
 
 
 def test_a_disk_that_forgets_is_noticed(tmp_path, model, monkeypatch):
-    real = SafetensorsFile.windows
+    real = ExtentSource.windows
 
-    def forgetful(self, name):
+    def forgetful(self, name, window_bytes=1 << 20):
         return iter([bytes(len(b"".join(map(bytes, real(self, name)))))])
 
-    monkeypatch.setattr(SafetensorsFile, "windows", forgetful)
+    monkeypatch.setattr(ExtentSource, "windows", forgetful)
     with pytest.raises(IntegrityError) as refused:
         export_huggingface(model(), tmp_path / "hf")
     assert refused.value.code == "E_VERIFY"
-    assert not (tmp_path / "hf").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt"]
 
 
-def test_a_full_disk_leaves_no_target(tmp_path, model, monkeypatch):
+def test_a_full_disk_keeps_what_is_whole_for_the_next_run(tmp_path, model, monkeypatch):
     source = model()
+    real, left = os.write, [1500]
 
     def full(fd, data):
-        raise OSError(28, "No space left on device")
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
 
-    monkeypatch.setattr("checkpoints.safetensors_file.os.write", full)
+    monkeypatch.setattr("checkpoints.hashed_file.os.write", full)
     with pytest.raises(ResourceExhausted) as refused:
-        export_huggingface(source, tmp_path / "hf")
+        export_huggingface(source, tmp_path / "hf", max_shard_bytes=600, workers=1)
     assert refused.value.code == "E_DISK_FULL"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "hf.tmp"]
+    monkeypatch.undo()
+    report = export_huggingface(source, tmp_path / "hf", max_shard_bytes=600)
+    assert report.resumed_files > 0
+    assert report.verified
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
 @pytest.mark.parametrize("max_shard_bytes", [600, 1 << 30])
@@ -210,7 +237,8 @@ def test_import_is_the_inverse(tmp_path, model, max_shard_bytes):
     (tmp_path / "hf/tokenizer.json").write_text("{}")
     report = import_huggingface(tmp_path / "hf", tmp_path / "back", step=9)
     assert report.verified
-    assert report.skipped == ["tokenizer.json: not part of a checkpoint"]
+    (left,) = report.ignored
+    assert (left.name, left.reason) == ("tokenizer.json", "not part of a checkpoint")
     assert len(outcomes(report, "copied")) == len(expected_tensors(CONFIG))
     with CheckpointReader(source) as a, CheckpointReader(tmp_path / "back") as b:
         assert b.manifest.step == 9
@@ -249,7 +277,7 @@ def spoil_index(directory, change):
         (lambda d: (d / "config.json").write_bytes(b"\xff"), "E_JSON"),
         (lambda d: os.truncate(sorted(d.glob("*.safetensors"))[0], 70),
          "E_SAFETENSORS"),
-        (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "E_IO"),
+        (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "E_MISSING_FILE"),
     ],
     ids=range(8),
 )  # fmt: skip
@@ -263,18 +291,16 @@ def test_damaged_models_are_not_imported(tmp_path, model, spoil, code):
 
 
 def test_pickled_models_are_not_read(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/pytorch_model.bin").touch()
     with pytest.raises(ConfigError) as refused:
-        import_huggingface(tmp_path, tmp_path / "back")
+        import_huggingface(tmp_path / "hf", tmp_path / "back")
+    assert refused.value.code == "E_FORMAT"
+    with pytest.raises(ConfigError) as refused:
+        import_huggingface(
+            tmp_path / "hf", tmp_path / "back", from_format="huggingface"
+        )
     assert "pickle" in refused.value.next_step
-
-
-def test_the_meter_hashes_what_passes():
-    meter = HashingMeter(4)
-    assert b"".join(meter.tee("a", lambda: [b"ab", b"cd"])()) == b"abcd"
-    meter.check("a", [b"abcd"])
-    with pytest.raises(IntegrityError):
-        meter.check("a", [b"abce"])
 
 
 @pytest.mark.slow

@@ -9,11 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.dtypes import DTYPE_BYTES, tensor_bytes
-from checkpoints.safetensors_file import (
-    SafetensorsFile,
-    TensorStream,
-    write_safetensors,
-)
+from checkpoints.formats import single_file
 from checkpoints.safetensors_io import (
     MAX_HEADER_BYTES,
     NewTensor,
@@ -116,20 +112,13 @@ def test_names_must_differ():
         layout([NewTensor("__metadata__", "U8", (1,))], {})
 
 
-def test_streams_of_another_size_are_refused(tmp_path):
-    short = TensorStream(NewTensor("a", "U8", (4,)), lambda: [b"123"])
-    with pytest.raises(ValueError, match="another size"):
-        write_safetensors(tmp_path / "x.safetensors", [short], {})
-
-
 def test_the_library_reads_what_we_write_and_the_reverse(tmp_path):
     library = pytest.importorskip("safetensors")
     data = {"a/b": ("F32", (2, 2), b"0123456789abcdef"), "s": ("U8", (), b"x")}
-    streams = [
-        TensorStream(NewTensor(name, dtype, shape), lambda raw=raw: [raw])
-        for name, (dtype, shape, raw) in data.items()
-    ]
-    write_safetensors(tmp_path / "ours.safetensors", streams, {"format": "pt"})
+    new = [NewTensor(name, dtype, shape) for name, (dtype, shape, _) in data.items()]
+    prefix, order, _ = layout(new, {"format": "pt"})
+    content = prefix + b"".join(data[each.name][2] for each in order)
+    (tmp_path / "ours.safetensors").write_bytes(content)
     theirs = dict(library.deserialize((tmp_path / "ours.safetensors").read_bytes()))
     assert theirs.keys() == data.keys()
     for name, (dtype, shape, raw) in data.items():
@@ -149,9 +138,9 @@ def test_we_read_what_the_library_writes(tmp_path):
         "none": torch.empty(0, 2),
     }
     library.save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
-    with SafetensorsFile(tmp_path / "x.safetensors") as file:
-        assert file.header.metadata == {"format": "pt"}
-        assert file.header.tensors.keys() == tensors.keys()
-        assert b"".join(map(bytes, file.windows("w"))) == tensors["w"].numpy().tobytes()
-        assert file.header.tensors["h"].dtype == "BF16"
-        assert file.header.tensors["none"].shape == (0, 2)
+    with single_file.open_source(tmp_path / "x.safetensors") as file:
+        assert file.names() == sorted(f"model/{name}" for name in tensors)
+        found = b"".join(map(bytes, file.windows("model/w")))
+        assert found == tensors["w"].numpy().tobytes()
+        assert file.entry("model/h").dtype == "BF16"
+        assert file.entry("model/none").shape == (0, 2)

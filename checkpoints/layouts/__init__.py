@@ -1,0 +1,1 @@
+"""Which dimension tensor parallelism splits, by the names of tensors: data."""
