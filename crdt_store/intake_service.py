@@ -76,10 +76,11 @@ class Intake:
         """Take in gossip."""
         await self._in_chunks(raws, source, self._fresh_after())
 
-    async def synced_untrusted(self, raws: Sequence[bytes], source: PeerId) -> None:
-        """Take in the entries of a reconciliation."""
+    async def synced_untrusted(self, raws: Sequence[bytes], source: PeerId) -> int:
+        """Take in the entries of a reconciliation; return how many are new."""
         member = self._replica.authority.membership(source, self._clock()).allowed
-        await self._in_chunks(raws, source, None if member else self._fresh_after())
+        fresh_after = None if member else self._fresh_after()
+        return await self._in_chunks(raws, source, fresh_after)
 
     def _fresh_after(self) -> float | None:
         if self._last_sync is None:
@@ -88,12 +89,13 @@ class Intake:
 
     async def _in_chunks(
         self, raws: Sequence[bytes], source: PeerId, fresh_after: float | None
-    ) -> None:
+    ) -> int:
         entries, malformed = decode_batch_untrusted(raws)
-        self._offer([], malformed, source, fresh_after)
+        new = self._offer([], malformed, source, fresh_after)
         for at in range(0, len(entries), _CHUNK):
-            self._offer(entries[at : at + _CHUNK], 0, source, fresh_after)
+            new += self._offer(entries[at : at + _CHUNK], 0, source, fresh_after)
             await trio.lowlevel.checkpoint()
+        return new
 
     def _offer(
         self,

@@ -1,6 +1,8 @@
 """With whom to reconcile, and when: the same object in a daemon and in a simulation.
 
-A fresh connection is reconciled at once, because it may end a partition. Beyond that,
+A fresh connection is reconciled at once, because it may end a partition; if it brought
+news, so are a few others, who may have no connection of their own to the other side.
+Beyond that,
 one random partner per period of max(5 s, N x 30 ms): everybody starts one session per
 period and on average answers one, and the period grows with the mesh, so that neither
 idle traffic nor the time to reach everybody explodes with its size.
@@ -14,6 +16,8 @@ from collections.abc import Set as AbstractSet
 from crdt_store.config import StoreConfig
 from fabric.core.ids import PeerId
 
+ECHOES = 3
+"""Partners that are told what a fresh connection brought: rounds do the rest."""
 MAX_RUNNING = 4
 """Sessions at once: after a mass reconnect the rest wait until one ended."""
 
@@ -39,6 +43,9 @@ class SyncSchedule:
         self._rng = rng
         self._seen: frozenset[PeerId] = frozenset()
         self._running: set[PeerId] = set()
+        self._fresh: set[PeerId] = set()
+        self._echoes = 0
+        self._told: set[PeerId] = set()
         self.next_round = now + (1 + rng.random()) * self.period(num_members)
 
     def period(self, num_members: int) -> float:
@@ -57,7 +64,15 @@ class SyncSchedule:
                 break
             self._seen |= {peer}
             if peer not in self._running:
+                self._fresh.add(peer)
                 chosen.append(self._begin(peer))
+        while self._echoes and self._has_room():
+            ignorant = sorted(connected - self._running - self._told)
+            self._echoes = self._echoes - 1 if ignorant else 0
+            if ignorant:
+                partner = self._rng.choice(ignorant)
+                self._told.add(partner)
+                chosen.append(self._begin(partner))
         if now >= self.next_round:
             self.next_round = now + self.period(num_members)
             idle = sorted(connected - self._running)
@@ -76,6 +91,15 @@ class SyncSchedule:
         """Note a session that somebody else asked for."""
         self._running.add(peer)
 
-    def ended(self, peer: PeerId) -> None:
-        """Note that the session with ``peer`` is over, however it ended."""
+    def ended(self, peer: PeerId, *, news: bool = False) -> None:
+        """Note that the session with ``peer`` is over, however it ended.
+
+        Args:
+            peer: The partner.
+            news: It brought something that we did not hold.
+        """
         self._running.discard(peer)
+        if peer in self._fresh:
+            self._fresh.discard(peer)
+            if news:
+                self._echoes, self._told = ECHOES, {peer}

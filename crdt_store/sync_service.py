@@ -22,7 +22,8 @@ from fabric.net.rpc_api import Rpc
 
 _LOG = logging.getLogger(__name__)
 
-Ingest = Callable[[Sequence[bytes], PeerId], Awaitable[None]]
+Ingest = Callable[[Sequence[bytes], PeerId], Awaitable[int]]
+"""Takes in entries; returns how many were new."""
 
 
 class SyncReport(msgspec.Struct, frozen=True):
@@ -79,20 +80,20 @@ class Reconciler:
             RemoteRefused: the peer declined.
         """
         self._schedule.began(peer)
-        sent = received = 0
+        sent = received = new = 0
         session = Session(self._replica, os.urandom(SALT_BYTES))
         try:
             with trio.fail_after(self._config.sync_timeout_seconds):
                 while (request := session.next_request()) is not None:
                     response = await self._rpc.call(peer, SYNC_METHOD, request)
                     sent, received = sent + len(request), received + len(response)
-                    await self._ingest(session.receive_untrusted(response), peer)
+                    new += await self._ingest(session.receive_untrusted(response), peer)
         except trio.TooSlowError as exc:
             raise PeerTimeout(
                 f"reconciliation with {short(peer)} took too long"
             ) from exc
         finally:
-            self._schedule.ended(peer)
+            self._schedule.ended(peer, news=new > 0)
         self._on_synced()
         self._counters.add("store_syncs_total")
         self._counters.add("store_sync_bytes", sent + received)

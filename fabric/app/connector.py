@@ -122,7 +122,9 @@ class MemberConnector:
             task_status.started()
             while True:
                 self._learn()
-                settled = self._ready() | self._blocked()
+                ready = self._ready()
+                self._book.returned(ready)
+                settled = ready | self._blocked()
                 for peer in self._book.due(trio.current_time(), settled):
                     # bounded by the book's max_dials
                     nursery.start_soon(self._meet, peer)

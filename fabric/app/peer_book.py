@@ -28,6 +28,8 @@ STRANGER_RETRY_SECONDS = 600.0
 HINT_RETRY_SECONDS = 5.0
 """A new hint brings the next dial no nearer than this to the last one: the network may
 not make us dial at its rate."""
+AWAY_FAILURES = 2
+"""Dials in a row that failed, after which the return of a peer is news about others."""
 MAX_PEERS = 1000
 
 
@@ -195,10 +197,28 @@ class PeerBook:
         if contact is None:
             return
         contact.dialling = False
+        contact.known.on_success(worked, wall)
+        self._back(contact)
+
+    def returned(self, ready: Iterable[PeerId]) -> None:
+        """Note who is connected, perhaps by a dial of its own."""
+        for peer in ready:
+            contact = self.contacts.get(peer)
+            if contact is not None and contact.failures and not contact.dialling:
+                self._back(contact)
+
+    def _back(self, contact: Contact) -> None:
+        """Wait no longer for the other members if this one was away as they are.
+
+        What ended may be a partition: then nobody should wait for a back-off that grew
+        while it lasted.
+        """
+        was_away = contact.failures >= AWAY_FAILURES
         contact.failures = 0
         contact.retry_at = 0.0
         contact.last_error = None
-        contact.known.on_success(worked, wall)
+        if was_away:
+            self.retry_now(p for p, c in self.contacts.items() if c.member)
 
     def on_failure(
         self,

@@ -25,6 +25,31 @@ def test_own_and_connected_peers_are_not_dialled():
     assert set(made.due(0, connected=PEERS[:4])) == set(PEERS[4:])
 
 
+def test_the_return_of_one_who_was_away_ends_the_wait_for_the_others():
+    """A partition ended: no back-off that grew meanwhile may outlast it."""
+    made = book(max_dials=9)
+    made.learn({p: ["/ip4/1.1.1.1/tcp/1"] for p in PEERS}, source="record")
+    now = 0.0
+    for _ in range(8):
+        for peer in made.due(now, ()):
+            made.on_failure(peer, NoRoute("x"), now)
+        now += MAX_RETRY_SECONDS
+    for peer in made.due(now, ()):
+        made.on_failure(peer, NoRoute("x"), now)
+    assert made.due(now + 1, ()) == []
+    made.returned({PEERS[2]})  # it dialled us
+    assert set(made.due(now + 1, {PEERS[2]})) == set(PEERS) - {PEERS[2]}
+
+
+def test_a_single_lost_dial_says_nothing_about_others():
+    made = book(max_dials=9)
+    made.learn({p: ["/ip4/1.1.1.1/tcp/1"] for p in PEERS}, source="record")
+    for peer in made.due(0.0, ()):
+        made.on_failure(peer, NoRoute("x"), 100.0)
+    made.on_success(PEERS[0])
+    assert made.due(100.0, {PEERS[0]}) == []
+
+
 def test_backoff_doubles_up_to_its_bound_and_success_resets():
     made = book(max_dials=9)
     waits = []

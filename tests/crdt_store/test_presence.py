@@ -33,7 +33,9 @@ async def mesh(peers, world):
         await store.members.put(record(f"n{number}"))
     ghost = stores[2]
     await ghost.placements.put("model", b"layers")
-    await ghost.links.put(JOB, LinkRecord(links={"x": PublishedLink(rtt_microseconds=10)}))
+    await ghost.links.put(
+        JOB, LinkRecord(links={"x": PublishedLink(rtt_microseconds=10)})
+    )
     hint = Codec(AssignmentHint, max_bytes=256).encode(AssignmentHint(me, 2))
     await ghost.assignments.put(JOB, 3, hint)
     head = CheckpointHead(root="ab", bytes=1, round=1, writer=me)

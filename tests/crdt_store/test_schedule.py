@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from crdt_store.config import StoreConfig
-from crdt_store.schedule import MAX_RUNNING, SyncSchedule
+from crdt_store.schedule import ECHOES, MAX_RUNNING, SyncSchedule
 from fabric.core.ids import PeerId
 
 PEERS = [PeerId(f"p{n}") for n in range(8)]
@@ -38,6 +38,29 @@ def test_a_fresh_connection_comes_first_and_one_that_returns_is_fresh() -> None:
     assert chosen.due(101.0, {PEERS[0]}, 3) == []
     assert chosen.due(102.0, set(), 3) == []
     assert chosen.due(103.0, {PEERS[0]}, 3) == [PEERS[0]]
+
+
+def test_news_from_a_fresh_connection_go_on_to_a_few_others_once() -> None:
+    chosen, near, far = schedule(), set(PEERS[:7]), PEERS[7]
+    while fresh := chosen.due(100.0, near, 8):
+        for peer in fresh:
+            chosen.ended(peer)
+    assert chosen.due(101.0, near | {far}, 8) == [far]
+    chosen.ended(far, news=True)
+    told = chosen.due(101.0, near | {far}, 8)
+    assert len(set(told)) == ECHOES
+    assert far not in told
+    for peer in told:
+        chosen.ended(peer, news=True)  # they have something, too; rounds will do
+    assert chosen.due(102.0, near | {far}, 8) == []
+
+
+def test_no_news_are_no_reason_to_tell_anybody() -> None:
+    chosen = schedule()
+    assert len(chosen.due(100.0, set(PEERS[:2]), 3)) == 2
+    for peer in PEERS[:2]:
+        chosen.ended(peer, news=False)
+    assert chosen.due(101.0, set(PEERS[:2]), 3) == []
 
 
 def test_one_random_partner_per_period_reaches_everybody() -> None:
@@ -97,7 +120,7 @@ class Schedules(RuleBasedStateMachine):
     def end(self, data) -> None:
         peer = data.draw(st.sampled_from(sorted(self.running)))
         self.running.discard(peer)
-        self.schedule.ended(peer)
+        self.schedule.ended(peer, news=data.draw(st.booleans()))
 
     @invariant()
     def bounded(self) -> None:

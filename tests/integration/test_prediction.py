@@ -130,7 +130,8 @@ def test_bytes_and_time_of_writes_are_as_predicted(mesh):
     await_rounds(mesh, 1)  # what writes change about the next one is theirs
     busy, lasted = window.close()
     per_write = (busy - quiet / seconds * lasted) / WRITES
-    spread = statistics.median(spreads)
+    # a busy machine only ever adds: the quicker ones tell the store's own time
+    spread = statistics.quantiles(spreads, n=4)[0]
     predicted = predict(len(NAMES), WRITES, EVERY_SECONDS, STORE)
     print(
         f"\nper write {per_write:.0f} B, spread {spread:.2f} s,"
