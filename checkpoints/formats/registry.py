@@ -33,6 +33,10 @@ FORMATS: Mapping[str, Format] = {
     "canonical": Format("canonical checkpoint", "canonical", writable=True),
     "huggingface": Format("Hugging Face model", "huggingface", writable=True),
     "safetensors": Format("one safetensors file", "single_file", writable=True),
+    "deepspeed": Format("DeepSpeed checkpoint (ZeRO 0-3)", "deepspeed_zero"),
+    "deepspeed-universal": Format(
+        "DeepSpeed universal checkpoint", "deepspeed_universal", writable=True
+    ),
     "torch": Format("file of torch.save (.pt)", "torch_file", writable=True),
 }
 """In the order in which a path is tried."""
