@@ -29,7 +29,7 @@ def run(
 
     Args:
         scenario: TOML file, or the name of one that comes with this program:
-            convergence, partition, idle, writes, seven, coordinator.
+            convergence, partition, idle, writes, seven, coordinator, lookup.
         seed: Of everything random.
         nodes: Number of peers, instead of the scenario's.
         out: Folder for events.log, report.json and plots (PNG).
@@ -82,6 +82,11 @@ def show_report(report: Report) -> None:
         ("virtual, wall", f"{report.virtual_seconds:g} s, {report.wall_seconds:.1f} s"),
         ("log hash", report.log_hash),
     ]
+    if found := report.lookups:
+        share = f"{found.found_share:.1%} of {found.searches}"
+        took = f"{found.seconds_p50:g} s (median), {found.seconds_p95:g} s (95 %)"
+        hops = f"{found.hops_p50} (median), {found.hops_max} (most)"
+        rows.insert(-1, ("providers found", f"{share} in {took}; hops {hops}"))
     show_table(("WHAT", "FOUND"), rows)
 
 

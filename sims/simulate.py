@@ -24,6 +24,7 @@ from sims.peers.drama import Drama
 from sims.peers.founding import Founding, first_records, found
 from sims.peers.ledger import Ledger
 from sims.peers.library import Library, SharedEntry
+from sims.peers.lookups import Lookups
 from sims.peers.mesh import Mesh
 from sims.peers.node import Node
 from sims.peers.vitals import Vitals
@@ -32,6 +33,8 @@ from sims.report.report import Report, Sample
 _SETTLE_LOOK_SECONDS = 1.0
 _STALENESS_PEERS = 50
 """Peers whose views are looked at for staleness."""
+_FOUND_SHARE = 0.9
+"""Of the searches of providers that have to find one that lives."""
 
 
 class Simulation:
@@ -78,6 +81,7 @@ class Simulation:
                 self._stream,
             )
         self.committee: Committee | None = None
+        self.lookups: Lookups | None = None
         self._late = self._choose_late()
         self._founding = found(seed, scenario.nodes, self._late)
         self.drama = Drama(
@@ -136,6 +140,7 @@ class Simulation:
         self._build(self._founding)
         self.drama.plan()
         self._plan_job()
+        self._plan_lookups()
         self.engine.after(self.scenario.sample_seconds, self._sample)
         self.mesh.run_expiry()
 
@@ -194,6 +199,19 @@ class Simulation:
             self.scenario.churn.down_seconds,
         )
 
+    def _plan_lookups(self) -> None:
+        scenario = self.scenario
+        if scenario.lookups.roots:
+            self.lookups = Lookups(
+                self.engine,
+                self.network,
+                self.mesh,
+                scenario.lookups,
+                scenario.fault_seconds,
+                self._stream,
+            )
+            self.lookups.plan()
+
     def _settle(self) -> None:
         """Go on until everybody agrees, or the time for it is over."""
         start = self.engine.now
@@ -234,6 +252,9 @@ class Simulation:
             self._violations += self.committee.violations
             unfinished = self.committee.unfinished()
             self._violations += [unfinished] if unfinished else []
+        if self.lookups is not None and self.lookups.found_share < _FOUND_SHARE:
+            share = f"{self.lookups.found_share:.1%}"
+            self._violations.append(f"only {share} of the searches found a holder")
         if self.mesh.vitals is not None:
             self._check_ghosts(self.mesh.vitals)
         if self.scenario.trust.attack_share:
@@ -276,6 +297,16 @@ class Simulation:
             if not entry.signature_matches():
                 self._violations.append(f"peer {node.number} holds a forged entry")
 
+    def _core_calls(self) -> Counter[str]:
+        calls = self.mesh.calls + Counter(offer=self.library.num_offered)
+        if self.mesh.vitals is not None:
+            calls["liveness"] = self.mesh.vitals.num_calls
+        if self.committee is not None:
+            calls["seat"] = self.committee.num_calls
+        if self.lookups is not None:
+            calls["lookup"] = self.lookups.num_calls
+        return calls
+
     def _report(self, wall_seconds: float) -> Report:
         outcomes: Counter[Outcome] = Counter()
         for node in self.mesh.nodes:
@@ -283,11 +314,6 @@ class Simulation:
         spread = sorted(self.ledger.spread_seconds)
         sent, now = self.network.sent, self.engine.now
         mean = sum(sent) / len(sent)
-        calls = self.mesh.calls + Counter(offer=self.library.num_offered)
-        if self.mesh.vitals is not None:
-            calls["liveness"] = self.mesh.vitals.num_calls
-        if self.committee is not None:
-            calls["seat"] = self.committee.num_calls
         return Report(
             scenario=self.name,
             seed=self.seed,
@@ -306,12 +332,13 @@ class Simulation:
             spread_seconds_max=spread[-1] if spread else None,
             events=self.engine.num_events,
             events_per_second=round(self.engine.num_events / wall_seconds),
-            core_calls=dict(sorted(calls.items())),
+            core_calls=dict(sorted(self._core_calls().items())),
             signatures_verified=self.library.num_verified,
             virtual_seconds=round(now, 3),
             wall_seconds=round(wall_seconds, 3),
             generations=len(self.committee.generations) if self.committee else 0,
             false_deaths=self.num_false_deaths,
+            lookups=self.lookups.figures() if self.lookups else None,
             violations=tuple(self._violations),
             replay=replay_command(Path(self.name), self.seed, self.scenario.nodes),
         )

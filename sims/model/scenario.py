@@ -136,6 +136,20 @@ class Coordinator(
     kill_leaders: Count = 0
 
 
+class Lookups(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Provider records: who holds what (Kademlia).
+
+    Attributes:
+        roots: Contents announced; 0: none.
+        holders: Peers that hold each.
+        per_second: Searches of the mesh, by anybody for anything.
+    """
+
+    roots: Count = 0
+    holders: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+    per_second: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
+
+
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of run.
 
@@ -169,6 +183,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     writes: Writes = Writes()
     trust: Trust = Trust()
     coordinator: Coordinator = Coordinator()
+    lookups: Lookups = Lookups()
     store: StoreConfig = StoreConfig()
 
 

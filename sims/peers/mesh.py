@@ -43,6 +43,7 @@ class Mesh:
         nodes: By number.
         num_members: Of the mesh.
         acknowledged: Called with (node, entry) when a write is on its disk.
+        started: Called with each peer that comes up.
         numbers: Of the peers, by PeerId.
         vitals: Liveness, if it is simulated.
         down_since: When those who are down went.
@@ -65,6 +66,7 @@ class Mesh:
         self.nodes: list[Node] = []
         self.num_members = 0
         self.acknowledged: Callable[[Node, Entry], None] = lambda node, entry: None
+        self.started: Callable[[Node], None] = lambda node: None
         self.calls: Counter[str] = Counter()
         self.numbers: dict[PeerId, int] = {}
         self.vitals: Vitals | None = None
@@ -90,6 +92,7 @@ class Mesh:
         self.down_since.pop(node.number, None)
         if self.vitals is not None:
             self.vitals.start(node, self.numbers)
+        self.started(node)
 
     def offline(self, node: Node) -> None:
         """End ``node`` as kill -9 does."""

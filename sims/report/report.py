@@ -23,6 +23,24 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     online: int
 
 
+class LookupFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How searches of providers went.
+
+    Attributes:
+        searches: For contents that somebody within reach held.
+        found_share: Of them, that named a holder within reach.
+        hops_p50, hops_max: From the seeker to the furthest peer that answered.
+        seconds_p50, seconds_p95: Until the search was over.
+    """
+
+    searches: int
+    found_share: float
+    hops_p50: int
+    hops_max: int
+    seconds_p50: float
+    seconds_p95: float
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One run.
 
@@ -41,6 +59,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         signatures_verified: Each once.
         generations: Of the job, each with its own epoch.
         false_deaths: Views in the end that take a living peer for dead.
+        lookups: Of providers, if the scenario has any.
         violations: Broken promises, in words.
         replay: The command that does this run again.
     """
@@ -68,6 +87,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     wall_seconds: float
     generations: int
     false_deaths: int
+    lookups: LookupFigures | None
     violations: tuple[str, ...]
     replay: str
 
