@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from blake3 import blake3
 
 from checkpoints.manifest import FileEntry
 from fabric.core.digest import BLOCK_BYTES, hex_digest
@@ -15,6 +18,8 @@ from fabric.core.errors import IntegrityError
 
 READ_BYTES = 4 << 20
 """One read call: four blocks."""
+MAX_VECTORS = 512
+"""Buffers of one read call; Linux takes 1024."""
 CACHED_BLOCKS = 8
 """Blocks kept: neighbours in a file share them, and 8 MiB is nothing."""
 
@@ -120,6 +125,31 @@ class VerifiedFile:
             out[at : at + len(data)] = data
             at += len(data)
 
+    def read_blocks(self, first: int, parts: Sequence[memoryview]) -> None:
+        """Fill ``parts``, one after the other, with whole blocks from ``first`` on.
+
+        Several threads may call this at once.
+
+        Args:
+            first: Number of the first block.
+            parts: Bytes of whole blocks together, the file's last one being shorter.
+
+        Raises:
+            BlockMismatch: a block is damaged; ``parts`` are then undefined.
+        """
+        left = [memoryview(part).cast("B") for part in parts if len(part)]
+        at = first * BLOCK_BYTES
+        while left:
+            count = self._preadv(left[:MAX_VECTORS], at)
+            at += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+        for number, found in enumerate(_block_hashes(parts), start=first):
+            if found != self._entry.blocks[number]:
+                raise BlockMismatch(self._name, number)
+
     def bad_blocks(self, first: int, data: memoryview) -> list[int]:
         """Return which blocks of ``data``, the first being ``first``, are damaged."""
         count = -(-len(data) // BLOCK_BYTES)
@@ -138,17 +168,19 @@ class VerifiedFile:
         """
         at = 0
         while at < len(out):
-            try:
-                count = os.preadv(self._fd, [out[at:]], begin + at)
-            except OSError as exc:
-                raise IntegrityError(
-                    f"{self._name}: byte {begin + at}: {exc.strerror}", code="E_READ"
-                ) from exc
-            if count == 0:
-                raise IntegrityError(
-                    f"{self._name}: ends at byte {begin + at}", code="E_SIZE"
-                )
-            at += count
+            at += self._preadv([out[at:]], begin + at)
+
+    def _preadv(self, parts: Sequence[memoryview], at: int) -> int:
+        """Read once, at least one byte."""
+        try:
+            count = os.preadv(self._fd, parts, at)
+        except OSError as exc:
+            raise IntegrityError(
+                f"{self._name}: byte {at}: {exc.strerror}", code="E_READ"
+            ) from exc
+        if count == 0:
+            raise IntegrityError(f"{self._name}: ends at byte {at}", code="E_SIZE")
+        return count
 
     def _whole_blocks(self, begin: int, wanted: int) -> int:
         """Return how many bytes from block start ``begin`` are whole wanted blocks."""
@@ -167,3 +199,21 @@ class VerifiedFile:
                 raise BlockMismatch(self._name, block)
             self._cache.put(self._name, block, data)
         return data
+
+
+def _block_hashes(parts: Sequence[memoryview]) -> Iterator[str]:
+    """Yield the hash of each block of the bytes in ``parts``."""
+    hasher = blake3()
+    room = BLOCK_BYTES
+    for part in parts:
+        rest = part
+        while rest:
+            piece = rest[:room]
+            hasher.update(piece)
+            rest = rest[len(piece) :]
+            room -= len(piece)
+            if not room:
+                yield hasher.hexdigest()
+                hasher, room = blake3(), BLOCK_BYTES
+    if room < BLOCK_BYTES:
+        yield hasher.hexdigest()
