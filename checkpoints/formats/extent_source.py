@@ -337,7 +337,9 @@ def _check_tiling(name: str, entry: StoredTensor) -> None:
     boxes = [extent.box for extent in entry.extents]
     if not all(inside(box, entry.shape) and box.volume for box in boxes):
         raise IntegrityError(
-            f"{name!r}: a part outside shape {list(entry.shape)}", code="E_BOUNDS"
+            f"{name!r}: a part outside shape {list(entry.shape)}",
+            code="E_BOUNDS",
+            next_step="the index is damaged or hostile: use another copy",
         )
     fault = tiling_fault(entry.shape, boxes)
     if fault is not None:

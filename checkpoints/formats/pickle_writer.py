@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -22,6 +22,12 @@ class Instance(msgspec.Struct, frozen=True):
 
     target: Global
     state: object
+
+
+class Pairs(msgspec.Struct, frozen=True):
+    """A dictionary whose keys the reader makes."""
+
+    pairs: list[tuple[object, object]]
 
 
 class Persistent(msgspec.Struct, frozen=True):
@@ -83,8 +89,10 @@ class _Writer:
         elif isinstance(value, list):
             self._sequence(b"](", value, b"e")
         else:
-            pairs = [part for pair in value.items() for part in pair]
-            self._sequence(b"}(", pairs, b"u")
+            self._pairs(value.items())
+
+    def _pairs(self, pairs: Iterable[tuple[object, object]]) -> None:
+        self._sequence(b"}(", [part for pair in pairs for part in pair], b"u")
 
     def _sequence(
         self, before: bytes, values: tuple[object, ...] | list[object], after: bytes
@@ -107,6 +115,8 @@ class _Writer:
             self.parts.append(b")\x81")
             self.write(value.state)
             self.parts.append(b"b")
+        elif isinstance(value, Pairs):
+            self._pairs(value.pairs)
         elif isinstance(value, Persistent):
             self.write(value.identity)
             self.parts.append(b"Q")

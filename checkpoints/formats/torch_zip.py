@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,8 @@ from fabric.core.errors import IntegrityError
 
 MAX_ENTRIES = 1 << 20
 """Storages of one archive; torch writes one for each tensor."""
+SMALL_PROGRAM_BYTES = 1 << 10
+"""Archives of one tensor have a few hundred, the same for equal types and shapes."""
 MAX_DIRECTORY_BYTES = 128 << 20
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -160,7 +163,7 @@ def read_span(span: Span, *, modules: tuple[str, ...] = ()) -> Archive:
     }
     return Archive(
         span.file,
-        unpickle_untrusted(program or b"", modules=modules),
+        _read_program(program or b"", modules),
         {key: (span.begin + each.begin, each.size) for key, each in data.items()},
         tuple(
             Checksum(span.file, span.begin + each.begin, each.size, each.crc32)
@@ -168,6 +171,21 @@ def read_span(span: Span, *, modules: tuple[str, ...] = ()) -> Archive:
             if each.crc32
         ),
     )
+
+
+def _read_program(program: bytes, modules: tuple[str, ...]) -> object:
+    if len(program) > SMALL_PROGRAM_BYTES:
+        return unpickle_untrusted(program, modules=modules)
+    value = _known_program(program, modules)
+    # only what nobody can change is given out twice
+    if isinstance(value, TensorRef):
+        return value
+    return unpickle_untrusted(program, modules=modules)
+
+
+@lru_cache(maxsize=1024)
+def _known_program(program: bytes, modules: tuple[str, ...]) -> object:
+    return unpickle_untrusted(program, modules=modules)
 
 
 def _no_archive(span: Span, begin: bytes) -> IntegrityError:
