@@ -1,7 +1,7 @@
 """Change the element type of weights, only when asked.
 
-Rounds to nearest, ties to even, as torch does. A finite number that the new type cannot
-hold is refused: it would become infinite in silence.
+Rounds to nearest, ties to even, F64 by way of F32, as torch does. A finite number that
+the new type cannot hold is refused: it would become infinite in silence.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ def _cast(np: Any, name: str, window: Buffer, dtype: str, to: str) -> Any:  # no
         wide = (np.frombuffer(window, "<u2").astype("<u4") << 16).view("<f4")
     else:
         wide = np.frombuffer(window, _NUMPY[dtype])
-    if to != "BF16":
-        result = wide.astype(_NUMPY[to])
-        check = result
-    else:
-        single = _round_to_odd(np, wide) if dtype == "F64" else wide
-        result = _to_bfloat16(np, single)
+    narrow = wide.astype("<f4") if dtype == "F64" else wide
+    if to == "BF16":
+        result = _to_bfloat16(np, narrow.astype("<f4", copy=False))
         check = (result.astype("<u4") << 16).view("<f4")
+    else:
+        result = check = narrow.astype(_NUMPY[to])
     if np.count_nonzero(np.isfinite(check)) != np.count_nonzero(np.isfinite(wide)):
         raise ConfigError(
             f"{name!r} holds numbers too large for {to}",
@@ -68,21 +67,6 @@ def _to_bfloat16(np: Any, single: Any) -> Any:  # noqa: ANN401
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     nan = np.isnan(single)
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype("<u2")
-
-
-def _round_to_odd(np: Any, double: Any) -> Any:  # noqa: ANN401
-    """Return float32 from which rounding again gives what rounding once would.
-
-    Source: Boldo and Melquiond, "When double rounding is odd" (2005).
-    """
-    single = double.astype("<f4")
-    bits = single.view("<u4").copy()
-    back = single.astype("<f8")
-    inexact = np.isfinite(double) & np.isfinite(single) & (back != double)
-    away = inexact & (np.abs(back) > np.abs(double))
-    bits[away] -= 1
-    bits[inexact] |= 1
-    return bits.view("<f4")
 
 
 def _numpy() -> Any:  # noqa: ANN401

@@ -7,7 +7,7 @@ Exit codes: 0 ok, 1 failed or different (diff), 2 usage, 6 disk full, 8 integrit
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import cyclopts
@@ -185,6 +185,12 @@ def maps(*, json: bool = False) -> None:
         show(f"  {each.title}; {', '.join(each.model_types)}")
 
 
+def mount_verbs() -> None:
+    """Add the verbs of packages above this one: ``fetch``, which asks a daemon."""
+    for point in entry_points(group="fabric_ckpt.verbs"):
+        app.command(point.load(), name=point.name)
+
+
 def _run(arguments: list[str]) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
@@ -199,6 +205,8 @@ def _run(arguments: list[str]) -> None:
 def main() -> None:
     """Run one command; map every refusal to its exit code."""
     arguments = sys.argv[1:]
+    if {"fetch", "--help", "-h"} & {*arguments[:1], *([] if arguments else ["-h"])}:
+        mount_verbs()  # importing the client costs more than most verbs
     try:
         _run(arguments)
     except FabricError as error:

@@ -121,7 +121,9 @@ def compare(
     }
     for name, target in plan.tied.items():
         expected[name] = bundle.aliases.get(target, target)
-    found = set(opened.names())
+    # a config may tie a name that the source did not have at all
+    implied = {n for n, target in opened.aliases.items() if target in expected}
+    found = set(opened.names()) - (implied - expected.keys())
     if found != expected.keys():
         wrong = sorted(found ^ expected.keys())
         raise _differs(f"{len(wrong)} tensors are missing or new: {wrong[:5]}")

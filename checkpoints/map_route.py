@@ -35,7 +35,7 @@ def route(source: Source, names: Sequence[str], config: Json, form: str) -> list
             next_step="name its config.json with --config, or the map with --map",
         )
     graph = maps_between(model_type)
-    found = {each.form_of(names) for each in graph.values()} - {"", HUGGINGFACE}
+    found = _forms(graph, names) - {HUGGINGFACE}
     if found == {form}:
         return []
     way: list[str] = []
@@ -44,6 +44,24 @@ def route(source: Source, names: Sequence[str], config: Json, form: str) -> list
     if form != HUGGINGFACE:
         way += _path(graph, HUGGINGFACE, form, model_type)
     return list(dict.fromkeys(way))
+
+
+def _forms(graph: Mapping[str, NameMap], names: Sequence[str]) -> set[str]:
+    """Return the forms of ``names``: those that no map which has them contradicts.
+
+    Two forms share names; one map may see its form where another sees none of its own.
+    """
+    seen = {name: each.form_of(names) for name, each in graph.items()}
+    return {
+        form
+        for form in seen.values()
+        if form
+        and all(
+            seen[name] in {"", form}
+            for name, each in graph.items()
+            if form in {each.parts_form, each.whole_form}
+        )
+    }
 
 
 def _path(

@@ -69,8 +69,8 @@ class View(msgspec.Struct, frozen=True):
         """Names of the tensors it is made of, each once."""
         return list(dict.fromkeys(piece.source for piece in self.pieces))
 
-    def plain_source(self) -> str:
-        """Return the tensor that this view is, element for element, or ""."""
+    def begins(self) -> str:
+        """Return the tensor whose first elements this view is, in order, or ""."""
         if len(self.pieces) != 1:
             return ""
         (piece,) = self.pieces
@@ -113,8 +113,8 @@ class ViewReader:
 
         Each buffer is overwritten by the next.
         """
-        plain = view.plain_source()
-        if plain and box == whole(view.shape):
+        plain = view.begins()
+        if plain and box.sizes == view.shape == self._source.entry(plain).shape:
             yield from self._source.windows(plain, window_bytes)
             return
         item = item_bytes(view.dtype)

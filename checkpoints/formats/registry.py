@@ -37,6 +37,7 @@ FORMATS: Mapping[str, Format] = {
     "deepspeed-universal": Format(
         "DeepSpeed universal checkpoint", "deepspeed_universal", writable=True
     ),
+    "dcp": Format("torch distributed checkpoint", "dcp", writable=True),
     "torch": Format("file of torch.save (.pt)", "torch_file", writable=True),
 }
 """In the order in which a path is tried."""
