@@ -22,7 +22,7 @@ WINDOW_BYTES = WINDOW_BLOCKS * BLOCK_BYTES
 
 
 class Runs(NamedTuple):
-    """``count`` runs of ``length`` bytes each, from a file into a buffer.
+    """``repeats`` runs of ``length`` bytes each, from a file into a buffer.
 
     Attributes:
         target: Which buffer.
@@ -30,7 +30,7 @@ class Runs(NamedTuple):
         source_step: Bytes from one run to the next in the file.
         at: Offset of the first run in the buffer.
         at_step: Bytes from one run to the next in the buffer.
-        count: Number of runs.
+        repeats: Number of runs.
         length: Bytes of each.
     """
 
@@ -39,7 +39,7 @@ class Runs(NamedTuple):
     source_step: int
     at: int
     at_step: int
-    count: int
+    repeats: int
     length: int
 
     def some(self, first: int, count: int) -> Runs:
@@ -47,7 +47,7 @@ class Runs(NamedTuple):
         return self._replace(
             source=self.source + first * self.source_step,
             at=self.at + first * self.at_step,
-            count=count,
+            repeats=count,
         )
 
     def cut(self, begin: int, end: int) -> Runs:
@@ -55,7 +55,7 @@ class Runs(NamedTuple):
         low = max(begin, self.source)
         high = min(end, self.source + self.length)
         return self._replace(
-            source=low, at=self.at + low - self.source, count=1, length=high - low
+            source=low, at=self.at + low - self.source, repeats=1, length=high - low
         )
 
 
@@ -148,7 +148,7 @@ def _runs(part: Box, source: Box, want: Want, item: int, begin: int) -> Iterator
 
 def _windows(runs: Runs) -> Iterator[tuple[int, int, Runs]]:
     """Yield window number, mask of blocks, and runs, for all windows that are met."""
-    end = runs.source + (runs.count - 1) * runs.source_step + runs.length
+    end = runs.source + (runs.repeats - 1) * runs.source_step + runs.length
     for number in range(runs.source // WINDOW_BYTES, -(-end // WINDOW_BYTES)):
         begin = number * WINDOW_BYTES
         for cut in _inside(runs, begin, begin + WINDOW_BYTES):
@@ -157,16 +157,16 @@ def _windows(runs: Runs) -> Iterator[tuple[int, int, Runs]]:
 
 def _inside(runs: Runs, begin: int, end: int) -> Iterator[Runs]:
     """Yield what of ``runs`` lies at ``begin <= offset < end``."""
-    if runs.count == 1:
+    if runs.repeats == 1:
         yield runs.cut(begin, end)
         return
     step = runs.source_step
     first = max(0, -((runs.source - begin) // step))
-    last = min(runs.count, (end - runs.length - runs.source) // step + 1)
+    last = min(runs.repeats, (end - runs.length - runs.source) // step + 1)
     if first < last:
         yield runs.some(first, last - first)
     for number in {first - 1, max(first, last)}:
-        if 0 <= number < runs.count:
+        if 0 <= number < runs.repeats:
             run = runs.some(number, 1)
             if run.source < end and run.source + run.length > begin:
                 yield run.cut(begin, end)
@@ -174,7 +174,7 @@ def _inside(runs: Runs, begin: int, end: int) -> Iterator[Runs]:
 
 def _mask(runs: Runs, begin: int) -> int:
     first = (runs.source - begin) // BLOCK_BYTES
-    end = runs.source + (runs.count - 1) * runs.source_step + runs.length - begin
+    end = runs.source + (runs.repeats - 1) * runs.source_step + runs.length - begin
     return ((1 << -(-end // BLOCK_BYTES)) - 1) & ~((1 << first) - 1)
 
 

@@ -121,7 +121,7 @@ def _follow(runs: Sequence[Runs]) -> bool:
     """Return whether each byte is wanted once at most, in few pieces."""
     return (
         len(runs) <= MAX_PARTS
-        and all(each.count == 1 for each in runs)
+        and all(each.repeats == 1 for each in runs)
         and all(a.source + a.length <= b.source for a, b in pairwise(runs))
     )
 
@@ -129,14 +129,14 @@ def _follow(runs: Sequence[Runs]) -> bool:
 def copy_runs(data: torch.Tensor, begin: int, buffer: torch.Tensor, runs: Runs) -> None:
     """Copy ``runs`` from the file's bytes at ``begin`` into a buffer."""
     at = runs.source - begin
-    if runs.count == 1:
+    if runs.repeats == 1:
         buffer[runs.at : runs.at + runs.length] = data[at : at + runs.length]
         return
     places = (at, runs.source_step, runs.at, runs.at_step, runs.length)
     width = gcd(8, *places, data.data_ptr(), buffer.data_ptr())
     source, target = (
         _wide(tensor, width).as_strided(
-            (runs.count, runs.length // width), (step // width, 1), first // width
+            (runs.repeats, runs.length // width), (step // width, 1), first // width
         )
         for tensor, first, step in (
             (data, at, runs.source_step),

@@ -69,7 +69,7 @@ def test_any_box_is_filled_from_the_blocks_that_hold_it(held, draw):
     needed = set()
     for window in windows:
         for runs in window.runs:
-            for k in range(runs.count):
+            for k in range(runs.repeats):
                 at = runs.source + k * runs.source_step
                 blocks = range(at // 16, (at + runs.length - 1) // 16 + 1)
                 assert all(window.mask >> (b - window.number * 4) & 1 for b in blocks)
