@@ -29,7 +29,7 @@ def run(
 
     Args:
         scenario: TOML file, or the name of one that comes with this program:
-            convergence, partition, idle, writes, seven, coordinator, lookup.
+            convergence, partition, idle, writes, seven, coordinator, lookup, paths.
         seed: Of everything random.
         nodes: Number of peers, instead of the scenario's.
         out: Folder for events.log, report.json and plots (PNG).
@@ -87,6 +87,14 @@ def show_report(report: Report) -> None:
         took = f"{found.seconds_p50:g} s (median), {found.seconds_p95:g} s (95 %)"
         hops = f"{found.hops_p50} (median), {found.hops_max} (most)"
         rows.insert(-1, ("providers found", f"{share} in {took}; hops {hops}"))
+    if paths := report.paths:
+        kinds = f"direct {paths.direct}, punched {paths.punched}, "
+        kinds += f"relayed {paths.relayed}, none {paths.without}"
+        after = f"{paths.relayed_after_p50:g} s (median)"
+        after += f", {paths.relayed_after_max:g} s (most)"
+        rows.insert(-1, ("paths of pairs", kinds))
+        rows.insert(-1, ("first path, where relayed", after))
+        rows.insert(-1, ("most circuits of a relay", paths.most_circuits))
     show_table(("WHAT", "FOUND"), rows)
 
 

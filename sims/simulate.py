@@ -27,6 +27,7 @@ from sims.peers.library import Library, SharedEntry
 from sims.peers.lookups import Lookups
 from sims.peers.mesh import Mesh
 from sims.peers.node import Node
+from sims.peers.traversal import Traversal
 from sims.peers.vitals import Vitals
 from sims.report.report import Report, Sample
 
@@ -82,6 +83,7 @@ class Simulation:
             )
         self.committee: Committee | None = None
         self.lookups: Lookups | None = None
+        self.traversal: Traversal | None = None
         self._late = self._choose_late()
         self._founding = found(seed, scenario.nodes, self._late)
         self.drama = Drama(
@@ -141,6 +143,9 @@ class Simulation:
         self.drama.plan()
         self._plan_job()
         self._plan_lookups()
+        if self.scenario.traversal:
+            self.traversal = Traversal(self.engine, self.network, self.mesh)
+            self.traversal.look()
         self.engine.after(self.scenario.sample_seconds, self._sample)
         self.mesh.run_expiry()
 
@@ -220,6 +225,8 @@ class Simulation:
             online = self._online()
             if self.committee is not None and self.committee.unfinished():
                 continue
+            if self.traversal is not None and self.traversal.unfinished():
+                continue
             if self.ledger.agreeing(online) == len(online):
                 self._converged_at = self.engine.now - start
                 return
@@ -252,6 +259,8 @@ class Simulation:
             self._violations += self.committee.violations
             unfinished = self.committee.unfinished()
             self._violations += [unfinished] if unfinished else []
+        if self.traversal is not None and (left := self.traversal.unfinished()):
+            self._violations.append(left)
         if self.lookups is not None and self.lookups.found_share < _FOUND_SHARE:
             share = f"{self.lookups.found_share:.1%}"
             self._violations.append(f"only {share} of the searches found a holder")
@@ -305,6 +314,8 @@ class Simulation:
             calls["seat"] = self.committee.num_calls
         if self.lookups is not None:
             calls["lookup"] = self.lookups.num_calls
+        if self.traversal is not None:
+            calls["path"] = self.traversal.num_calls
         return calls
 
     def _report(self, wall_seconds: float) -> Report:
@@ -339,6 +350,7 @@ class Simulation:
             generations=len(self.committee.generations) if self.committee else 0,
             false_deaths=self.num_false_deaths,
             lookups=self.lookups.figures() if self.lookups else None,
+            paths=self.traversal.figures() if self.traversal else None,
             violations=tuple(self._violations),
             replay=replay_command(Path(self.name), self.seed, self.scenario.nodes),
         )

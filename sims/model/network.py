@@ -12,7 +12,7 @@ from collections import Counter
 from functools import lru_cache
 
 from sims.engine.queue import Action, Engine
-from sims.model.paths import kind_named, path_between
+from sims.model.paths import facts_of, kind_named, path_between
 from sims.model.regions import check_region, one_way_seconds
 from sims.model.scenario import Network as NetworkTerms
 
@@ -51,6 +51,7 @@ class Network:
         self._regions = [check_region(name) for name in terms.regions]
         kinds = [kind_named(name) for name in terms.nat]
         self._kinds = len(kinds)
+        self._public = [facts_of(kind).public for kind in kinds]
         self._paths = [[path_between(a, b) for b in kinds] for a in kinds]
         self._latency = lru_cache(maxsize=None)(self._one_way)
         self._free_at: list[float] = []
@@ -83,6 +84,10 @@ class Network:
     def path_kind(self, one: int, other: int) -> str:
         """Return how the two are connected: "direct", "punched" or "relay"."""
         return self._paths[one % self._kinds][other % self._kinds]
+
+    def is_public(self, peer: int) -> bool:
+        """Return whether anybody can open connections to ``peer``."""
+        return self._public[peer % self._kinds]
 
     def _one_way(self, one: int, other: int) -> float:
         regions = self._regions

@@ -163,6 +163,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         settle_seconds: Longest time to agree afterwards.
         sample_seconds: How often the plots take a point.
         liveness: Whether peers probe each other.
+        traversal: Whether relays, circuits and punches are followed.
         must_converge: Whether not to agree is a failure.
         store: Settings of every peer's store.
     """
@@ -175,6 +176,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     settle_seconds: Seconds = 600.0
     sample_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 5.0
     liveness: bool = False
+    traversal: bool = False
     must_converge: bool = True
     network: Network = Network()
     partitions: Partitions = Partitions()

@@ -41,6 +41,27 @@ class LookupFigures(msgspec.Struct, frozen=True, kw_only=True):
     seconds_p95: float
 
 
+class PathFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How connected peers reach each other in the end.
+
+    Attributes:
+        direct, punched, relayed, without: Pairs by what carries them.
+        needlessly_relayed: Of the relayed, those that could be direct.
+        relayed_after_p50, relayed_after_max: Seconds until a pair that cannot be direct
+            at once had its relay.
+        most_circuits: That one relay carried at a time.
+    """
+
+    direct: int
+    punched: int
+    relayed: int
+    without: int
+    needlessly_relayed: int
+    relayed_after_p50: float
+    relayed_after_max: float
+    most_circuits: int
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One run.
 
@@ -60,6 +81,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         generations: Of the job, each with its own epoch.
         false_deaths: Views in the end that take a living peer for dead.
         lookups: Of providers, if the scenario has any.
+        paths: Of connected pairs, if the scenario follows them.
         violations: Broken promises, in words.
         replay: The command that does this run again.
     """
@@ -88,6 +110,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     generations: int
     false_deaths: int
     lookups: LookupFigures | None
+    paths: PathFigures | None
     violations: tuple[str, ...]
     replay: str
 

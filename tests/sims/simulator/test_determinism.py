@@ -81,7 +81,9 @@ refresh = true
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["convergence", "coordinator", "idle"])
+@pytest.mark.parametrize(
+    "name", ["convergence", "coordinator", "idle", "lookup", "paths"]
+)
 def test_two_processes_with_different_hashing_log_the_same_events(tmp_path, name):
     file = Path(name)
     if name == "idle":
