@@ -320,6 +320,7 @@ def test_a_flipped_byte_is_found_in_what_is_touched_only(tmp_path):
 
 
 DYING = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -334,17 +335,23 @@ def content(step):
         "step": torch.tensor(step),
     }
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    directory, first = Path(sys.argv[1]), int(sys.argv[2])
+def tell(point):
+    print(point, flush=True)
+
+def save_on(directory, first):
     config = SaverConfig(retention=Retention(keep=2))
-
-    def tell(point):
-        print(point, flush=True)
-
     with Saver(directory, config, exchange=LocalExchange(), on_point=tell) as saver:
         for step in range(first, first + 10_000):
             saver.save(step, content(step), {"step": step})
+
+torch.set_num_threads(1)
+for line in sys.stdin:  # torch is imported once, and each save dies in a fork
+    pid = os.fork()
+    if pid == 0:
+        tell(os.getpid())
+        save_on(Path(sys.argv[1]), int(line))
+    os.waitpid(pid, 0)
+    tell("dead")
 """
 
 
@@ -353,31 +360,41 @@ def test_killed_at_any_moment_the_newest_whole_step_loads(tmp_path):
     program = tmp_path / "dying.py"
     program.write_text(DYING)
     directory = tmp_path / "steps"
-    first = 0
-    for _ in range(4 if FACTOR == 1 else 100):
-        process = subprocess.Popen(
-            [sys.executable, str(program), str(directory), str(first)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-        )
-        try:
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(directory)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        first = 0
+        for _ in range(6 if FACTOR == 1 else 100):
+            process.stdin.write(f"{first}\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
             whole = 0
             for _ in range(rng.randint(14, 70)):  # a dozen points in each save
-                whole += process.stdout.readline() == b"latest.renamed\n"
-            assert process.poll() is None
+                whole += process.stdout.readline() == "latest.renamed\n"
+            os.kill(child, signal.SIGKILL)
+            while (line := process.stdout.readline()) != "dead\n":
+                assert line
             assert whole
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
-        steps = list_steps(directory)
-        loaded = load_tensors(directory)
-        newest = int(loaded["step"])
-        assert newest in steps[-2:]  # the crash may have come before ``latest`` moved
-        assert bool((loaded["model/w"] == newest).all())
-        assert torch.equal(
-            loaded["model/base"], torch.arange(1 << 18, dtype=torch.float32)
-        )
-        assert all(verify_checkpoint(directory / f"step-{s}").ok for s in steps)
-        first = steps[-1] + 1
+            first = newest_whole(directory) + 1
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def newest_whole(directory):
+    """Check everything that is offered; return the newest step."""
+    steps = list_steps(directory)
+    loaded = load_tensors(directory)
+    named = int(loaded["step"])
+    assert named in steps[-2:]  # the crash may have come before ``latest`` moved
+    assert bool((loaded["model/w"] == named).all())
+    base = torch.arange(1 << 18, dtype=torch.float32)
+    assert torch.equal(loaded["model/base"], base)
+    assert all(verify_checkpoint(directory / f"step-{s}").ok for s in steps)
+    return steps[-1]
