@@ -174,17 +174,26 @@ def _check_save(models: Mapping[int, Loaded], ranks: Mapping[int, RankState]) ->
         {each.loaded.file: each.loaded.tree.get("ds_version") for each in states},
     )
     counts = ranks[0].optimizer.get("partition_count")
-    world = (
-        max(map(_integer, counts)) if isinstance(counts, list) and counts else counts
+    saved_by = max(
+        map(_integer, counts if isinstance(counts, list) else [counts]), default=-1
     )
-    expected = {world, models[0].tree.get("dp_world_size", world)}
-    if ranks[0].stage == 3:
-        expected.add(len(models))
-    if expected != {len(ranks)}:
+    found = {"optimizer": len(ranks)} | (
+        {"model": len(models)} if ranks[0].stage == 3 else {}
+    )
+    for what, number in found.items():
+        if number != saved_by:
+            raise IntegrityError(
+                f"{what} states of {number} ranks, saved by {saved_by}",
+                code="E_MISSING_FILE" if number < saved_by else "E_MIXED",
+                next_step="files are missing, or of two saves: use another copy",
+            )
+    world = models[0].tree.get("dp_world_size", saved_by)
+    if world != saved_by:
         raise IntegrityError(
-            f"optimizer states of {len(ranks)} ranks, saved by {world}",
-            code="E_MISSING_FILE" if expected > {len(ranks)} else "E_MIXED",
-            next_step="files are missing, or of two saves: use another copy",
+            f"{models[0].file} is of {str(world)[:20]} ranks, the optimizer states of "
+            f"{saved_by}",
+            code="E_MIXED",
+            next_step=SAME_SAVE,
         )
 
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import struct
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,15 @@ import torch
 
 from checkpoints.formats import deepspeed_universal
 from checkpoints.formats.deepspeed_groups import EXPERTS, global_expert
+from checkpoints.formats.pickle_values import Global, TensorRef
+from checkpoints.formats.pickle_writer import Call, Instance
 from checkpoints.formats.sink import Bundle, OutTensor, SinkOptions
+from checkpoints.formats.torch_zip_writer import (
+    NewArchive,
+    NewEntry,
+    tensor_call,
+    whole_tensor,
+)
 
 RUNS = Path(__file__).with_name("engine_runs.py")
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -154,3 +165,170 @@ def saved(tmp_path_factory):
         ],
     )
     return base
+
+
+class Forge:
+    """Writes ZeRO checkpoints by the book, without DeepSpeed; each part can be changed.
+
+    Attributes:
+        models: File name -> content of model states.
+        ranks: File name -> content of optimizer states.
+        values: Canonical name -> elements, as they should be read.
+    """
+
+    def __init__(self, groups, stage=1, world=2, seed=0, step=3.0):
+        self._random = random.Random(seed)
+        self._data = {}
+        self.stage, self.world = stage, world
+        self.values = {}
+        self.models, self.ranks = {}, {}
+        flat = [self._vectors(group, step) for group in groups]
+        for rank in range(world):
+            content = self._rank(groups, flat, rank, step)
+            self.ranks[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = content
+        for rank in range(world if stage == 3 else 1):
+            prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+            content = self._model(groups)
+            self.models[f"{prefix}mp_rank_00_model_states.pt"] = content
+
+    def write(self, tag):
+        """Write the files."""
+        tag.mkdir(parents=True, exist_ok=True)
+        for name, content in {**self.models, **self.ranks}.items():
+            (tag / name).write_bytes(self.archive(content))
+        return tag
+
+    def archive(self, content):
+        """The bytes of a file of torch.save."""
+        used = []
+
+        def calls(value):
+            if isinstance(value, TensorRef):
+                if value.storage.key not in used:
+                    used.append(value.storage.key)
+                return tensor_call(value)
+            if type(value) is tuple:
+                return tuple(map(calls, value))
+            if isinstance(value, list):
+                return list(map(calls, value))
+            if isinstance(value, dict):
+                return {key: calls(each) for key, each in value.items()}
+            return value
+
+        program = calls(content)
+        entries = [
+            NewEntry(key, len(self._data[key]), lambda key=key: [self._data[key]])
+            for key in used
+        ]
+        return b"".join(map(bytes, NewArchive(program, entries).chunks()))
+
+    def vector(self, numbers, shape=None):
+        """A tensor of fp32 in the archive."""
+        key = str(len(self._data))
+        data = self._data[key] = struct.pack(f"<{len(numbers)}f", *numbers)
+        shape = (len(numbers),) if shape is None else shape
+        return whole_tensor(key, "F32", shape, len(data))
+
+    def _vectors(self, group, step):
+        found = {}
+        for slot in ("fp32", "exp_avg", "exp_avg_sq"):
+            for name, shape in group.items():
+                numbers = [self._random.random() for _ in range(prod(shape))]
+                rounded = struct.unpack(
+                    f"<{len(numbers)}f", struct.pack(f"<{len(numbers)}f", *numbers)
+                )
+                section = "model/" if slot == "fp32" else f"optimizer/{slot}/"
+                self.values[section + name] = (shape, list(rounded))
+                self.values[f"optimizer/step/{name}"] = ((), [step])
+                found.setdefault(slot, {})[name] = list(rounded)
+        return found
+
+    def _part(self, vectors, rank):
+        """One rank's part, its padding, and where each parameter begins in it."""
+        if self.stage == 3:
+            part = []
+            for numbers in vectors.values():
+                share = -(-len(numbers) // self.world)
+                mine = numbers[rank * share : (rank + 1) * share]
+                part += mine + [0.0] * (share - len(mine))
+            return part, 0, {}
+        total = sum(map(len, vectors.values()))
+        size = -(-total // (2 * self.world)) * 2
+        line = [number for numbers in vectors.values() for number in numbers]
+        part = line[rank * size : (rank + 1) * size]
+        mapping, at = {}, 0
+        for name, numbers in vectors.items():
+            begin = max(at, rank * size)
+            end = min(at + len(numbers), (rank + 1) * size)
+            if begin < end:
+                mapping[name] = (begin - rank * size, end - begin)
+            at += len(numbers)
+        return part, size - len(part), mapping
+
+    def _rank(self, groups, flat, rank, step):
+        masters, states, mappings, paddings = [], {}, [], []
+        for index, vectors in enumerate(flat):
+            part, padding, mapping = self._part(vectors["fp32"], rank)
+            masters.append(self.vector(part))
+            states[index] = {"step": self.vector([step], ())}
+            for slot in ("exp_avg", "exp_avg_sq"):
+                moment, _, _ = self._part(vectors[slot], rank)
+                states[index][slot] = self.vector(moment + [0.0] * padding)
+            paddings.append(padding)
+            kind = Global("deepspeed.utils.tensor_fragment", "fragment_address")
+            mappings.append(
+                {
+                    name: Instance(kind, {"start": start, "numel": numel})
+                    for name, (start, numel) in mapping.items()
+                }
+            )
+        options = [
+            {"lr": 0.1, "betas": (0.9, 0.999), "params": [index]}
+            for index in range(len(groups))
+        ]
+        base = {"state": states, "param_groups": options}
+        kind = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
+        state = {"zero_stage": Call(kind, (self.stage,)), "overflow": False}
+        if self.stage == 3:
+            state |= {"partition_count": self.world, "optimizer_state_dict": base}
+            state["fp32_flat_groups"] = masters
+        else:
+            state |= {
+                "partition_count": [self.world] * len(groups),
+                "base_optimizer_state": base,
+                "single_partition_of_fp32_groups": masters,
+                "group_paddings": paddings,
+                "param_slice_mappings": mappings,
+            }
+        return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.19.8"}
+
+    def _model(self, groups):
+        size = Global("torch", "Size")
+        return {
+            "module": {},
+            "buffer_names": [],
+            "param_shapes": [
+                {name: Call(size, (shape,)) for name, shape in group.items()}
+                for group in groups
+            ],
+            "shared_params": {},
+            "global_steps": 5,
+            "dp_world_size": self.world,
+            "mp_world_size": 1,
+        }
+
+
+@pytest.fixture(scope="session")
+def forge():
+    return Forge
+
+
+def flat_values(source, name):
+    """The elements of a tensor of fp32."""
+    data = b"".join(bytes(window) for window in source.windows(name, 40))
+    return list(struct.unpack(f"<{len(data) // 4}f", data))
+
+
+@pytest.fixture(scope="session")
+def flat():
+    return flat_values
