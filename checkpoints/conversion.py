@@ -182,7 +182,7 @@ class _Run:
             self._work,
             journal,
             self._prepared.meter,
-            self._options.num_workers,
+            self._prepared.limits.workers,
         )
         if fingerprint(self._source) != before:
             raise IntegrityError(
@@ -206,8 +206,8 @@ class _Run:
                 self._plan,
                 files,
                 self._prepared.meter,
-                workers=self._options.num_workers,
-                window_bytes=self._options.window_bytes,
+                workers=self._prepared.limits.workers,
+                window_bytes=self._prepared.limits.window_bytes,
             )
             self._report.root = getattr(opened, "root", "") or self._report.root
             self._note_state(opened)

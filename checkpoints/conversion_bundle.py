@@ -129,6 +129,7 @@ def make_bundle(
     meter: Meter,
     *,
     window_bytes: int,
+    turned_bytes: int,
     dtype: str,
 ) -> Bundle:
     """Return what ``mapped`` says, to be read through ``pool``.
@@ -140,6 +141,7 @@ def make_bundle(
         pool: Of ``source``.
         meter: Hashes what is read.
         window_bytes: Of one buffer.
+        turned_bytes: The same, of a turned tensor.
         dtype: Type to which the model's floats are cast, or empty.
     """
     aliases = _aliases(source, mapped)
@@ -149,7 +151,8 @@ def make_bundle(
             continue
         cast = name.startswith(MODEL) and bool(dtype) and can_cast(view.dtype, dtype)
         to = dtype if cast else view.dtype
-        read = partial(_read, name, view, to, pool, meter, window_bytes)
+        size = turned_bytes if view.turned else window_bytes
+        read = partial(_read, name, view, to, pool, meter, size)
         tensors[name] = OutTensor(
             name, to, view.shape, partial(read, whole(view.shape)), read
         )

@@ -24,6 +24,7 @@ from checkpoints.renamed_state import rename_parameters
 from fabric.core.errors import ConfigError, IntegrityError
 
 MAX_WORKERS = 16
+MAX_TURNED_WORKERS = 2
 MAX_MEMORY_BYTES = 64 << 20
 """Of all buffers; with it a conversion stays below its base + 128 MiB."""
 MIN_WINDOW_BYTES = 64 << 10
@@ -65,16 +66,38 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_memory: int = MAX_MEMORY_BYTES
     dry_run: bool = False
 
-    @property
-    def num_workers(self) -> int:
-        """Threads used."""
-        return self.workers or min(os.cpu_count() or 1, MAX_WORKERS)
 
-    @property
-    def window_bytes(self) -> int:
-        """Bytes of one buffer."""
-        share = self.max_memory // (self.num_workers * BUFFERS)
-        return max(MIN_WINDOW_BYTES, min(WINDOW_BYTES, share))
+class Limits(msgspec.Struct, frozen=True):
+    """How many threads, and how much memory each takes.
+
+    Attributes:
+        workers: Threads.
+        window_bytes: Of one buffer.
+        turned_bytes: Of one buffer of a turned tensor: each reads across the whole
+            source, so few large ones read it less often.
+    """
+
+    workers: int
+    window_bytes: int
+    turned_bytes: int
+
+
+def limits_of(options: ConvertOptions, *, turned: bool) -> Limits:
+    """Return the limits of a conversion.
+
+    Args:
+        options: Memory and threads asked for.
+        turned: Tensors are turned: threads would not be faster, their buffers smaller.
+    """
+    workers = options.workers or min(os.cpu_count() or 1, MAX_WORKERS)
+    if turned:
+        workers = min(workers, MAX_TURNED_WORKERS)
+    share = options.max_memory // workers
+    return Limits(
+        workers,
+        max(MIN_WINDOW_BYTES, min(WINDOW_BYTES, share // BUFFERS)),
+        max(MIN_WINDOW_BYTES, share // 2),
+    )
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -86,6 +109,7 @@ class Prepared(msgspec.Struct, frozen=True):
         plan: The files.
         pool: Reads the source in all threads; to be closed.
         meter: Counts and hashes.
+        limits: Threads and memory.
         final: What appears at the end.
     """
 
@@ -94,6 +118,7 @@ class Prepared(msgspec.Struct, frozen=True):
     plan: Plan
     pool: ReaderPool
     meter: Meter
+    limits: Limits
     final: Path
 
 
@@ -116,6 +141,8 @@ def prepare(
     if mapped.maps:
         state = rename_parameters(state, mapped)
     meter = Meter(on_progress)
+    turned = any(view.turned for view in mapped.views.values())
+    limits = limits_of(options, turned=turned)
     pool = ReaderPool(source)
     bundle = make_bundle(
         source,
@@ -123,7 +150,8 @@ def prepare(
         state,
         pool,
         meter,
-        window_bytes=options.window_bytes,
+        window_bytes=limits.window_bytes,
+        turned_bytes=limits.turned_bytes,
         dtype=options.dtype,
     )
     sink_options = SinkOptions(
@@ -133,7 +161,7 @@ def prepare(
     )
     plan = sink.plan(bundle, sink_options)
     final = target / plan.subdirectory if plan.subdirectory else target
-    return Prepared(mapped, bundle, plan, pool, meter, final)
+    return Prepared(mapped, bundle, plan, pool, meter, limits, final)
 
 
 def _check(source: Source, sink: Sink, options: ConvertOptions) -> None:

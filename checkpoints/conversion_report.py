@@ -164,7 +164,7 @@ def _outcome(
         source=name,
         action="cast" if is_cast and action == "copied" else action,
         targets=kept,
-        turned=any(_is_turned(piece) for _, piece in uses),
+        turned=any(piece.turned for _, piece in uses),
         dtype=cast if is_cast else "",
         reason=reason,
     )
@@ -176,11 +176,6 @@ def _action(name: str, kept: tuple[str, ...], views: list[View]) -> Action:
     if len(views[0].sources) > 1:
         return "merged"
     return "copied" if kept[0] == name else "renamed"
-
-
-def _is_turned(piece: Piece) -> bool:
-    axes = [axis for axis in piece.axes if axis >= 0]
-    return axes != sorted(axes)
 
 
 def _check_coverage(

@@ -48,6 +48,12 @@ class Piece(msgspec.Struct, frozen=True):
     box: Box
     axes: tuple[int, ...]
 
+    @property
+    def turned(self) -> bool:
+        """Whether axes are in another order than in the source."""
+        axes = [axis for axis in self.axes if axis != NEW_AXIS]
+        return axes != sorted(axes)
+
 
 class View(msgspec.Struct, frozen=True):
     """A tensor made of pieces, sorted by their place, which tile it.
@@ -68,6 +74,11 @@ class View(msgspec.Struct, frozen=True):
     def sources(self) -> list[str]:
         """Names of the tensors it is made of, each once."""
         return list(dict.fromkeys(piece.source for piece in self.pieces))
+
+    @property
+    def turned(self) -> bool:
+        """Whether axes are in another order than in a source."""
+        return any(piece.turned for piece in self.pieces)
 
     def begins(self) -> str:
         """Return the tensor whose first elements this view is, in order, or ""."""
@@ -151,8 +162,7 @@ class ViewReader:
         item: int,
     ) -> None:
         wanted = in_source(piece, part)
-        turned = [axis for axis in piece.axes if axis != NEW_AXIS]
-        if turned == sorted(turned):
+        if not piece.turned:
             few = list(islice(runs(part, part, box), 2))
             if len(few) == 1:
                 begin = few[0].target * item
