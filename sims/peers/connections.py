@@ -61,6 +61,11 @@ class Connections:
     def _bounded(self, peers: frozenset[PeerId]) -> bool:
         return 0 < self._most < len(peers) - 1
 
+    def chosen(self, peer: PeerId, side: int) -> frozenset[PeerId] | None:
+        """Return the neighbours of ``peer``; None while they are all members."""
+        bounded = self._bounded(self._sides.get(side, _NOBODY))
+        return self.of(peer, side) if bounded else None
+
     def of(self, peer: PeerId, side: int) -> frozenset[PeerId]:
         """Return with whom ``peer`` of ``side`` is connected."""
         found = self._chosen.get(peer)

@@ -91,7 +91,7 @@ class Mesh:
         self.engine.after(node.poll_phase, self._look, node, generation)
         self.down_since.pop(node.number, None)
         if self.vitals is not None:
-            self.vitals.start(node, self.numbers)
+            self.vitals.start(node, self.numbers, self._neighbours(node))
         self.started(node)
 
     def offline(self, node: Node) -> None:
@@ -115,6 +115,10 @@ class Mesh:
     def connected(self, node: Node) -> frozenset[PeerId]:
         """Return whom ``node`` has a connection with now."""
         return self._all_connections().of(node.peer, self.network.side[node.number])
+
+    def _neighbours(self, node: Node) -> frozenset[PeerId] | None:
+        side = self.network.side[node.number]
+        return self._all_connections().chosen(node.peer, side)
 
     def _all_connections(self) -> Connections:
         if self._connections_epoch != self.network.epoch:
@@ -146,6 +150,8 @@ class Mesh:
             return
         self.calls["schedule"] += 1
         connected, now = self.connected(node), self.engine.now
+        if self.vitals is not None:
+            self.vitals.look(node, connected, self._neighbours(node))
         chosen = node.schedule.due(now, connected, self.num_members)
         for peer in chosen:
             self._begin(node, self.nodes[self.numbers[peer]])

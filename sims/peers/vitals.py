@@ -62,11 +62,23 @@ class Vitals:
         self._swims: dict[int, Swim] = {}
         self._starts: dict[int, int] = {}
         self._planned: dict[int, float] = {}
+        self._connected: dict[int, frozenset[PeerId]] = {}
         self._vows: dict[tuple[PeerId, int, bytes], bool] = {}
         self.num_calls = 0
 
-    def start(self, node: Node, members: Iterable[PeerId]) -> None:
-        """Begin to watch ``members`` as ``node``, which just came up."""
+    def start(
+        self,
+        node: Node,
+        members: Iterable[PeerId],
+        neighbours: frozenset[PeerId] | None,
+    ) -> None:
+        """Begin to watch ``members`` as ``node``, which just came up.
+
+        Args:
+            node: Who.
+            members: Of the mesh.
+            neighbours: Whom to probe; None: all members.
+        """
         starts = self._starts.get(node.number, 0) + 1
         self._starts[node.number] = starts
         swim = Swim(
@@ -79,7 +91,9 @@ class Vitals:
             now=self._engine.now,
         )
         swim.set_members(members)
+        swim.set_neighbours(neighbours)
         self._swims[node.number] = swim
+        self._connected[node.number] = frozenset()
         self._planned[node.number] = -1.0
         self._poll(node, node.generation)
 
@@ -92,6 +106,24 @@ class Vitals:
             known = check_alive(node.mesh.id, peer, incarnation, signature)
             self._vows[vow] = known
         return known
+
+    def look(
+        self,
+        node: Node,
+        connected: frozenset[PeerId],
+        neighbours: frozenset[PeerId] | None,
+    ) -> None:
+        """Tell ``node`` whom it is connected with now, and whom to probe."""
+        before = self._connected[node.number]
+        if connected is before:
+            return
+        self._connected[node.number] = connected
+        swim, now = self._swims[node.number], self._engine.now
+        swim.set_neighbours(neighbours)
+        for peer in sorted(connected - before):
+            swim.connected(peer, now)
+        if swim.has_more:
+            self._poll(node, node.generation)
 
     def broke(self, node: Node, by: Iterable[PeerId]) -> None:
         """Tell those who had a connection with ``node`` that it broke."""
@@ -118,6 +150,7 @@ class Vitals:
         for call in swim.poll(now):
             answered = partial(self._answered, node, generation, call)
             self._ask(node, call, answered)
+        swim.take_changes()  # nobody watches
         self._plan(node, generation, swim.next_timeout())
 
     def _plan(self, node: Node, generation: int, when: float) -> None:
