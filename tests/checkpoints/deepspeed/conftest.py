@@ -8,6 +8,7 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,3 +333,38 @@ def flat_values(source, name):
 @pytest.fixture(scope="session")
 def flat():
     return flat_values
+
+
+ODD = [None, -1, 2**53, 1.5, "x", b"y", [], {}, [[]], {"a": 1}, (), True, [None, 1]]
+
+
+def mutate(value, odd, at):
+    """Replace the ``at``-th value below ``value``; return how many there were."""
+    items = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
+    seen = 0
+    for key, each in items:
+        if seen == at:
+            value[key] = odd
+            return -1
+        seen += 1
+        below = mutate(each, odd, at - seen)
+        if below < 0:
+            return -1
+        seen += below
+    return seen
+
+
+@pytest.fixture(scope="session")
+def lies():
+    """Values that do not belong, and how to put one anywhere in a nested value."""
+
+    def some(seed, count):
+        return random.Random(seed).sample(ODD, min(len(ODD), count))
+
+    return SimpleNamespace(mutate=mutate, some=some)
