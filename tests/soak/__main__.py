@@ -23,7 +23,14 @@ ROOT = Path(__file__).parents[2]
 FACTOR = 20
 """Examples of each property test, as a multiple of its count in `make test`."""
 AREAS = {
-    "state": ["tests/crdt_store", "tests/jobs", "tests/dht", "tests/sims/simulator"],
+    "state": [
+        "tests/crdt_store",
+        "tests/jobs",
+        "tests/dht",
+        "tests/sims/simulator",
+        "tests/integration/test_partition.py",
+        "tests/integration/test_invites.py",
+    ],
     "net": ["tests/net", "tests/bulk", "tests/attestation"],
     "ckpt": ["tests/checkpoints"],
     "train": [
