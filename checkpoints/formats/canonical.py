@@ -194,9 +194,7 @@ def _finish(
             code="E_STATE",
             next_step="the source holds a value that JSON has no exact form for",
         ) from exc
-    path = directory / MANIFEST_NAME
-    path.unlink(missing_ok=True)  # of a run that was cut off after it
-    write_synced(path, data)
+    write_synced(directory / MANIFEST_NAME, data)
     sync_directory(directory)
 
 

@@ -302,7 +302,6 @@ def _finish(
 ) -> None:
     del entries
     for name, value in texts.items():
-        (directory / name).unlink(missing_ok=True)  # of a run that was cut off
         text = json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
         write_synced(directory / name, text)
     sync_directory(directory)
