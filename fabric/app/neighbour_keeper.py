@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
-from fabric.app.neighbourhood import Neighbourhood
+from fabric.app.neighbours import Neighbours
 from fabric.core.errors import FabricError
 from fabric.core.ids import PeerId, short
-from fabric.net.libp2p_host import Libp2pHost
+from fabric.net.host import Host
 from fabric.net.pacing import SocketRegistry
 from fabric.net.rpc import RpcService
 
@@ -37,6 +38,16 @@ LOOKS_PER_IDLE = 6
 DRAIN_LOOKS = 24
 
 
+class Hood(Protocol):
+    """Knows who our neighbours are."""
+
+    core: Neighbours
+
+    def current(self) -> frozenset[PeerId]:
+        """Return with whom to have a standing connection."""
+        ...
+
+
 class NeighbourKeeper:
     """Keeps the number of idle connections within the bound. Run :meth:`run` in a task.
 
@@ -51,8 +62,8 @@ class NeighbourKeeper:
 
     def __init__(
         self,
-        hood: Neighbourhood,
-        host: Libp2pHost,
+        hood: Hood,
+        host: Host,
         rpc: RpcService,
         registry: SocketRegistry,
         kept: Callable[[], frozenset[PeerId]],

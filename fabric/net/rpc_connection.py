@@ -312,7 +312,8 @@ class RpcConnection:
                     call, outcome.Error(PeerTimeout("peer did not answer in time"))
                 )
             if self._core.is_drained(now):
-                raise Unavailable("another connection replaced this one")
+                by = "agreement" if self.retired else "another connection's arrival"
+                raise Unavailable(f"closed by {by}")
             if self._core.has_output:
                 self._wake_writer()
 
