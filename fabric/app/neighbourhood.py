@@ -96,10 +96,15 @@ class Neighbourhood:
         return frozenset(p for p in others if self._may_answer(p)) - self._blocked()
 
     def _may_answer(self, peer: PeerId) -> bool:
+        """Whether neither liveness nor our last dial says that ``peer`` is away.
+
+        Neighbours are dialled until they answer; of others an old failure says nothing.
+        """
         contact = self._book.contacts.get(peer)
-        tried_in_vain = contact is not None and contact.last_error is not None
-        dead = self._store.liveness.state(peer) is State.DEAD
-        return not (dead or tried_in_vain)
+        failed = contact is not None and contact.last_error is not None
+        if failed and contact is not None and peer not in self._before:
+            failed = trio.current_time() < contact.retry_at
+        return not (failed or self._store.liveness.state(peer) is State.DEAD)
 
     def reach_of(self, peer: PeerId) -> Reach:
         """Return how it stands with a connection to ``peer``."""
