@@ -296,10 +296,6 @@ class BlobStore:
         names = sorted(p.name for p in (self._dir / "manifests").iterdir())
         return [self.stat(BlobId(n)) for n in names if not n.endswith(".tmp")]
 
-    def used_bytes(self) -> int:
-        """Return the bytes kept or promised to parts."""
-        return self.room.used()
-
     def remove(self, root: BlobId) -> bool:
         """Remove ``root`` unless somebody wants it or it is being received.
 
@@ -313,6 +309,11 @@ class BlobStore:
                 self._path(folder, root).unlink(missing_ok=True)
         return True
 
+    def make_room(self, size: int) -> None:
+        """Remove what nobody wants as far as ``size`` more bytes need it."""
+        if self.room.free() < size:
+            self.gc(max(0, self.room.max_bytes - size))
+
     def gc(self, keep_bytes: int = 0) -> list[BlobId]:
         """Remove blobs that nobody wants until at most ``keep_bytes`` are used.
 
@@ -321,7 +322,7 @@ class BlobStore:
         removed = []
         with self._lock:
             for path in self._collectable():
-                if self.used_bytes() <= keep_bytes:
+                if self.room.used() <= keep_bytes:
                     break
                 root = BlobId(path.name)
                 path.unlink()

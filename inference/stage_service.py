@@ -140,7 +140,7 @@ class StageRunner:
         """Do nothing: serving has no rounds."""
         await trio.lowlevel.checkpoint()
 
-    async def save(self, directory: Path) -> None:
+    async def save(self, directory: Path, at: int) -> None:
         """Refuse: serving changes no state that could be saved."""
         raise LocalProtocolError(f"a serving job has no state to save in {directory}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 
@@ -21,6 +23,8 @@ class TrainConfig(
         upgrade_seconds: A relayed socket is tried to be replaced by a direct or punched
             one after this; the pause doubles with each failure.
         max_upgrade_seconds: Longest such pause.
+        hot_memory_bytes: Memory for states kept outside the workers: the newest of each
+            job here, and of jobs elsewhere whose buddy we are; 0 keeps none.
     """
 
     worker_memory_bytes: int = 8 << 30
@@ -32,3 +36,4 @@ class TrainConfig(
     max_backoff_seconds: float = 2.0
     upgrade_seconds: float = 2.0
     max_upgrade_seconds: float = 60.0
+    hot_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30

@@ -5,8 +5,9 @@
     Certify ->                      a statement renewed before the old one expires
             <- Certified            the certificate to show in offers
     ApplyGeneration -> Connect ->   one Connect per socket, each with one descriptor
-    Decide -> SaveCheckpoint -> Stop ->
-            <- RoundReported, Held, Numbers, LinkMoved, Saved, Broken, Finished, Failed
+    Decide -> SaveCheckpoint -> WriteHot -> LoadHot -> Stop ->
+            <- RoundReported, Held, Numbers, LinkMoved, Saved, HotWritten, Broken,
+               Finished, Failed
 
 Between workers, on one-way connections, each frame's meta is one of ExchangeMeta.
 """
@@ -42,11 +43,12 @@ MAX_STATE_BLOCKS = 1 << 20
 
 
 class Configure(msgspec.Struct, frozen=True, tag="configure"):
-    """Build the model, read the text."""
+    """Build the model, read the text, and the checkpoint in ``resume`` if not empty."""
 
     job: Job
     peer: Peer
     spec: JobSpec
+    resume: FilePath = ""
 
 
 class Certify(msgspec.Struct, frozen=True, tag="certify"):
@@ -86,9 +88,23 @@ class Decide(msgspec.Struct, frozen=True, tag="decide"):
 
 
 class SaveCheckpoint(msgspec.Struct, frozen=True, tag="save_checkpoint"):
-    """Write the newest start state to a directory inside the scratch."""
+    """Write the start state of ``round`` to a directory inside the scratch."""
 
     directory: FilePath
+    round: Count
+
+
+class WriteHot(msgspec.Struct, frozen=True, tag="write_hot"):
+    """Write the kept state called ``digest`` into the frame's one file descriptor."""
+
+    digest: Hex
+
+
+class LoadHot(msgspec.Struct, frozen=True, tag="load_hot"):
+    """Keep the state in the frame's one file descriptor: a generation may name it."""
+
+    round: Count
+    digest: Hex
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -96,7 +112,15 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 Command = (
-    Configure | Certify | ApplyGeneration | Connect | Decide | SaveCheckpoint | Stop
+    Configure
+    | Certify
+    | ApplyGeneration
+    | Connect
+    | Decide
+    | SaveCheckpoint
+    | WriteHot
+    | LoadHot
+    | Stop
 )
 
 
@@ -164,6 +188,19 @@ class SaveFailed(msgspec.Struct, frozen=True, tag="save_failed"):
     reason: Reason
 
 
+class HotWritten(msgspec.Struct, frozen=True, tag="hot_written"):
+    """The state called ``digest`` is in the file that came with WriteHot."""
+
+    digest: Hex
+
+
+class HotFailed(msgspec.Struct, frozen=True, tag="hot_failed"):
+    """The state called ``digest`` was not written, or is not what LoadHot said."""
+
+    digest: Hex
+    reason: Reason
+
+
 class Broken(msgspec.Struct, frozen=True, tag="broken"):
     """A connection failed; ``outgoing`` ones are ours to re-open."""
 
@@ -200,6 +237,8 @@ Event = (
     | LinkMoved
     | Saved
     | SaveFailed
+    | HotWritten
+    | HotFailed
     | Broken
     | Finished
     | Failed

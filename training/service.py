@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fabric.core.signing import Signer
 from fabric.jobs.messages import Generation, RoundDecision, RoundReport
 from fabric.jobs.runner import (
     CHECKPOINT_FACT,
+    HOT_FACT,
     LINK_FACT,
     RunnerContext,
     RunnerEvent,
@@ -30,15 +31,19 @@ from fabric.jobs.runner import (
     RunnerProgress,
     RunnerResult,
 )
+from fabric.jobs.spec import JobSpec
 from fabric.net.paths_api import Paths
 from fabric.net.tasks import collapse_group
 from training.config import TrainConfig
+from training.hot_keeper import HotKeeper, HotKeeping
 from training.messages import (
     ApplyGeneration,
     Decide,
     Event,
     Finished,
     Held,
+    HotFailed,
+    HotWritten,
     LinkMoved,
     Numbers,
     RoundReported,
@@ -52,11 +57,17 @@ MAX_EVENTS = 256
 """Events that wait for the jobs service; then the worker's own sends wait."""
 
 
+Obtain = Callable[[JobSpec, Path], Awaitable[None]]
+"""Has what a job resumes from as a new directory; bounded by itself."""
+
+
 def train_runner_factory(
     paths: Paths,
     signer: Signer,
     config: TrainConfig,
     *,
+    obtain: Obtain | None = None,
+    hot: HotKeeping | None = None,
     clock: Callable[[], float] = time.time,
 ) -> RunnerFactory:
     """Return the factory that the jobs service calls for jobs of kind "train".
@@ -65,12 +76,19 @@ def train_runner_factory(
         paths: Opens and accepts sockets.
         signer: Signs the workers' job certificates.
         config: Limits of this machine.
+        obtain: Gets the checkpoint that a job resumes from.
+        hot: Keeps states outside the workers; None: nobody does.
         clock: Unix seconds, for certificates.
     """
 
     @asynccontextmanager
     async def open_runner(context: RunnerContext) -> AsyncIterator[TrainRunner]:
-        runner = TrainRunner(context, paths, signer, config, clock)
+        resume: Path | None = None
+        if context.spec.resume and obtain is not None:
+            resume = context.scratch / "resume"
+            if not await trio.to_thread.run_sync(resume.is_dir):
+                await obtain(context.spec, resume)
+        runner = TrainRunner(context, paths, signer, config, clock, resume, hot)
         with collapse_group():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(runner.run)
@@ -90,18 +108,21 @@ class TrainRunner:
         signer: Signer,
         config: TrainConfig,
         clock: Callable[[], float],
+        resume: Path | None,
+        hot: HotKeeping | None,
     ) -> None:
         self._context = context
         self._paths = paths
         self._signer = signer
         self._config = config
         self._clock = clock
+        self._resume, self._hot = resume, hot
         self._send_event, self._events = trio.open_memory_channel[RunnerEvent](
             MAX_EVENTS
         )
         self._generation: Generation | None = None
         self._entered = trio.Event()
-        self._live = self._new_worker()
+        self._live, self._keeper = self._new_worker()
         self._reported: RoundReport | None = None
         self._unreachable: frozenset[PeerId] = frozenset()
 
@@ -112,19 +133,21 @@ class TrainRunner:
         self._generation = generation
         self._reported = None
         self._entered.set()
+        if self._keeper is not None:
+            await self._keeper.enter(generation)
         await self._live.tell(ApplyGeneration(generation))
 
     async def decide(self, decision: RoundDecision) -> None:
         """Hand the coordinator's choice to the worker."""
         await self._live.tell(Decide(decision))
 
-    async def save(self, directory: Path) -> None:
-        """Have the worker write its newest start state under ``directory``.
+    async def save(self, directory: Path, at: int) -> None:
+        """Have the worker write the start state of round ``at`` under ``directory``.
 
         The answer is a RunnerProgress with CHECKPOINT_FACT, or with
         "checkpoint_failed" and the reason.
         """
-        await self._live.tell(SaveCheckpoint(str(directory)))
+        await self._live.tell(SaveCheckpoint(str(directory), at))
 
     async def next_event(self) -> RunnerEvent:
         """Return the next fact; waits for ever."""
@@ -133,10 +156,14 @@ class TrainRunner:
     async def run(self) -> None:
         """Keep a worker alive, as long as starting it again makes sense."""
         for attempt in range(1 + self._config.max_restarts):
-            ended = await self._live.run()
+            try:
+                ended = await self._live.run()
+            finally:
+                if self._keeper is not None:
+                    self._keeper.close()
             again = ended.may_restart and attempt < self._config.max_restarts
             if again:
-                self._live = self._new_worker()
+                self._live, self._keeper = self._new_worker()
                 self._entered = trio.Event()
             await self._send_event.send(RunnerFailed(ended.code, ended.reason))
             if not again:
@@ -144,8 +171,8 @@ class TrainRunner:
             # It has lost its state: only a new generation says where to get one.
             await self._entered.wait()
 
-    def _new_worker(self) -> LiveWorker:
-        return LiveWorker(
+    def _new_worker(self) -> tuple[LiveWorker, HotKeeper | None]:
+        live = LiveWorker(
             self._context,
             self._paths,
             self._signer,
@@ -153,14 +180,31 @@ class TrainRunner:
             clock=self._clock,
             report=self._worker_says,
             report_paths=self._paths_changed,
+            resume=self._resume,
         )
+        if self._hot is None:
+            return live, None
+        job, spec = self._context.job, self._context.spec
+        return live, HotKeeper(self._hot, job, spec, live.tell_with)
 
     async def _worker_says(self, event: Event) -> None:
         if isinstance(event, RoundReported):
             self._reported = event.report
             await self._send_report()
+        elif isinstance(event, HotWritten | HotFailed):
+            await self._hot_says(event)
         elif (translated := translate(event)) is not None:
             await self._send_event.send(translated)
+        if isinstance(event, Held) and self._keeper is not None:
+            await self._keeper.held(event.held)
+
+    async def _hot_says(self, event: HotWritten | HotFailed) -> None:
+        if self._keeper is None:
+            return
+        if isinstance(event, HotFailed):
+            await self._keeper.failed(event.digest)
+        elif (at := await self._keeper.written(event.digest)) is not None:
+            await self._send_event.send(RunnerProgress({HOT_FACT: at}))
 
     async def _paths_changed(self, unreachable: frozenset[PeerId]) -> None:
         self._unreachable = unreachable

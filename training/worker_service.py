@@ -10,9 +10,11 @@ keep (xP) an outgoing socket to each other participant, opened again when it bre
 
 from __future__ import annotations
 
+import io
 import random
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
 
 import msgspec
 import trio
@@ -45,13 +47,17 @@ from training.messages import (
     Connect,
     Event,
     Failed,
+    LoadHot,
     WorkerReady,
+    WriteHot,
 )
 
 MAX_COMMANDS = 64
 """Commands and sockets that wait while the worker starts; then the sender waits."""
 CHANNEL = "exchange"
 
+Descriptor = socket.socket | io.FileIO
+"""What a command may carry; closed once it is sent."""
 Report = Callable[[Event], Awaitable[None]]
 """Takes each event that is not about certificates or connections."""
 PathReport = Callable[[frozenset[PeerId]], Awaitable[None]]
@@ -83,6 +89,7 @@ class LiveWorker:
         clock: Unix seconds, for certificates.
         report: Told what the worker says.
         report_paths: Told which peers cannot be reached.
+        resume: Directory of the checkpoint to go on from, inside the scratch.
     """
 
     def __init__(
@@ -95,6 +102,7 @@ class LiveWorker:
         clock: Callable[[], float],
         report: Report,
         report_paths: PathReport,
+        resume: Path | None = None,
     ) -> None:
         self._context = context
         self._paths = paths
@@ -103,9 +111,10 @@ class LiveWorker:
         self._clock = clock
         self._report = report
         self._report_paths = report_paths
+        self._resume = resume
         self._patience = context.spec.fault.patience_seconds
         self._send, self._commands = trio.open_memory_channel[
-            tuple[Command, socket.socket | None]
+            tuple[Command, Descriptor | None]
         ](MAX_COMMANDS)
         self._generation: Generation | None = None
         self._public_key = b""
@@ -125,6 +134,10 @@ class LiveWorker:
     async def tell(self, command: Command) -> None:
         """Queue a command for the worker; nothing happens once it has ended."""
         await self._queue(command, None)
+
+    async def tell_with(self, command: WriteHot | LoadHot, file: io.FileIO) -> None:
+        """Queue a command with the file it is about; the file is ours to close."""
+        await self._queue(command, file)
 
     async def run(self) -> WorkerEnded:
         """Run the worker until it ends; leaving kills it."""
@@ -156,7 +169,10 @@ class LiveWorker:
             raise RemoteProtocolError("the worker's first event is not WorkerReady")
         self._public_key = ready.public_key
         configure = Configure(
-            self._context.job, self._context.peer_id, self._context.spec
+            self._context.job,
+            self._context.peer_id,
+            self._context.spec,
+            str(self._resume or ""),
         )
         await link.send(COMMAND.encode(configure))
         await link.send(COMMAND.encode(self._certify()))
@@ -225,7 +241,7 @@ class LiveWorker:
             if isinstance(command, ApplyGeneration):
                 self._enter(command.generation, nursery)
 
-    async def _queue(self, command: Command, sock: socket.socket | None) -> None:
+    async def _queue(self, command: Command, sock: Descriptor | None) -> None:
         try:
             await self._send.send((command, sock))
         except trio.BrokenResourceError:

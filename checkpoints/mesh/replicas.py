@@ -118,6 +118,14 @@ class ReplicaTable:
 
     # -- conclusions
 
+    def wanted(self) -> tuple[BlobId, ...]:
+        """Return everything of which there should be copies."""
+        return tuple(self._wants)
+
+    def run_of(self, root: BlobId) -> str:
+        """Return for whom ``root``, which is wanted, is kept."""
+        return self._wants[root].run
+
     def asks(self) -> dict[PeerId, tuple[BlobId, ...]]:
         """Return whom to ask about what.
 

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from checkpoints.directories import locate
+from checkpoints.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    root_of,
+)
+from checkpoints.manifest_checks import load_manifest_untrusted
+from checkpoints.mesh.replication_service import Replication
+from checkpoints.mesh.selection import needed_ranges, select_names
+from checkpoints.mesh.subset import write_subset
 from checkpoints.verification import verify_checkpoint
 from crdt_store.service import Store
 from crdt_store.views import CheckpointHead
 from dht.blobs import BlobStore
+from dht.part_service import PartialContent
 from dht.service import ContentService
+from fabric.app.content_messages import FetchedView
 from fabric.core.errors import ConfigError, IntegrityError
 from fabric.core.ids import BlobId, JobId, PeerId
+from fabric.jobs.spec import JobSpec
+from training.resumption import resume_round, resume_tensors
 
 FETCH_SECONDS = 3600.0
 """Longest a checkpoint may take to arrive; a stalled download fails much earlier."""
@@ -29,6 +47,7 @@ class CheckpointFlow:
         store: Where heads are published.
         blobs: Content on disk.
         content: Announces and fetches.
+        replication: Keeps copies of what has a head.
         folder: Where obtained checkpoints are laid out; can be deleted.
     """
 
@@ -38,39 +57,65 @@ class CheckpointFlow:
         store: Store,
         blobs: BlobStore,
         content: ContentService,
+        replication: Replication,
         folder: Path,
     ) -> None:
         self._own = own
         self._store = store
         self._blobs = blobs
         self._content = content
+        self._replication = replication
         self._folder = folder
 
-    async def publish(self, job: JobId, directory: Path, round: int) -> str:
-        """Verify a step, keep it as content and announce it; return its root.
+    async def publish(
+        self, job: JobId, spec: JobSpec, directory: Path, round: int
+    ) -> str:
+        """Verify a step, move it into content and announce it; return its root.
+
+        The head comes last: what has a head can be fetched.
 
         Args:
             job: Names the run.
-            directory: Of the step, or the one whose ``latest`` names it.
-            round: The outer round whose end it holds.
+            spec: Says how many copies are wanted and how many steps stay.
+            directory: Of the step, or the one whose ``latest`` names it; it is gone
+                afterwards, whatever happened.
+            round: The round that it starts.
 
         Raises:
             IntegrityError: the step does not verify.
             ResourceExhausted: no room for it.
         """
-        report = await trio.to_thread.run_sync(verify_checkpoint, directory)
+        run = job[:RUN_CHARS]
+        try:
+            root = await trio.to_thread.run_sync(self._add, directory)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(shutil.rmtree, directory, True)
+        with self._replication.protected(root):
+            await trio.to_thread.run_sync(self._blobs.keeps.keep, root, run)
+            await self._content.provide(root)
+            manifest = await trio.to_thread.run_sync(self._blobs.manifest, root)
+            head = CheckpointHead(
+                root=root,
+                bytes=manifest.size,
+                round=round,
+                writer=self._own,
+                copies=spec.checkpoint.replicas,
+                keep=spec.checkpoint.keep,
+                erasure=spec.checkpoint.erasure,
+            )
+            await self._store.heads.put(run, round, head)
+        self._replication.wake()
+        return root
+
+    def _add(self, directory: Path) -> BlobId:
+        report = verify_checkpoint(directory)
         if not report.ok:
             raise IntegrityError(
                 f"the checkpoint in {directory} does not verify: {report.findings[0]}"
             )
-        step = await trio.to_thread.run_sync(locate, directory)
-        root = await trio.to_thread.run_sync(self._blobs.add_directory, step.path)
-        await trio.to_thread.run_sync(self._blobs.pin, root)
-        await self._content.provide(root)
-        size = self._blobs.manifest(root).size
-        head = CheckpointHead(root=root, bytes=size, round=round, writer=self._own)
-        await self._store.heads.put(job[:RUN_CHARS], round, head)
-        return root
+        self._blobs.make_room(report.checked_bytes + MAX_MANIFEST_BYTES)
+        return self._blobs.add_directory(locate(directory).path)
 
     async def obtain(self, root: str) -> Path:
         """Return the directory of checkpoint ``root``, fetched if it is not here.
@@ -88,6 +133,85 @@ class CheckpointFlow:
             await self._content.fetch(blob)
         await trio.to_thread.run_sync(self._blobs.export, blob, target)
         return target
+
+    async def first_round(self, spec: JobSpec) -> int:
+        """Return the round at which a job resumes; reads the manifest alone.
+
+        Raises:
+            ConfigError: the job cannot go on from that checkpoint.
+            Unavailable: no reachable peer holds it.
+        """
+        with trio.fail_after(FETCH_SECONDS):
+            async with self._opened(spec.resume) as (_, manifest, _):
+                return resume_round(spec, manifest)
+
+    async def obtain_resumed(self, spec: JobSpec, target: Path) -> None:
+        """Lay out what a job resumes from: the tensors it needs, holes elsewhere.
+
+        Raises:
+            Unavailable: no reachable peer holds it.
+            ConfigError: the job cannot go on from that checkpoint.
+        """
+        with trio.fail_after(FETCH_SECONDS):
+            async with self._opened(spec.resume) as (part, manifest, _):
+                names = resume_tensors(spec.model)
+                await part.need(needed_ranges(manifest, names, part.manifest))
+                work = target.with_name(f"{target.name}.tmp")
+                await trio.to_thread.run_sync(shutil.rmtree, work, True)
+                await part.write_sparse(work)
+        await trio.to_thread.run_sync(work.rename, target)
+
+    async def fetch(self, root: str, target: Path, only: Sequence[str]) -> FetchedView:
+        """Write checkpoint ``root``, or its tensors that ``only`` names, as ``target``.
+
+        Args:
+            root: Content root.
+            target: New directory: a step.
+            only: Patterns of tensor names; empty: everything.
+
+        Raises:
+            ConfigError: no checkpoint, ``target`` exists, or a pattern matches nothing.
+            Unavailable: no reachable peer holds what is needed.
+            ResourceExhausted: no room for it.
+        """
+        if await trio.to_thread.run_sync(target.exists):
+            raise ConfigError(f"{target} exists", next_step="choose another target")
+        if not only:
+            return await self._fetch_all(content_root(root), target)
+        with trio.fail_after(FETCH_SECONDS):
+            async with self._opened(root) as (part, manifest, _):
+                names = select_names(manifest, only)
+                await part.need(needed_ranges(manifest, names, part.manifest))
+                needed = part.needed_bytes
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+                    sparse = Path(folder) / "part"
+                    await part.write_sparse(sparse)
+                    written = await trio.to_thread.run_sync(
+                        write_subset, sparse, names, target, only
+                    )
+        return FetchedView(
+            written, manifest.step, len(names), needed, part.manifest.size, str(target)
+        )
+
+    async def _fetch_all(self, blob: BlobId, target: Path) -> FetchedView:
+        with trio.fail_after(FETCH_SECONDS):
+            async with self._opened(blob) as (part, manifest, root):
+                size = part.manifest.size
+                await part.need([(0, size)])
+            await trio.to_thread.run_sync(self._blobs.export, blob, target)
+        num = len(manifest.tensors) + len(manifest.aliases)
+        return FetchedView(root, manifest.step, num, size, size, str(target))
+
+    @asynccontextmanager
+    async def _opened(
+        self, root: str
+    ) -> AsyncIterator[tuple[PartialContent, Manifest, str]]:
+        """Open content and yield the checkpoint that it is: manifest and root."""
+        async with self._content.partly(content_root(root)) as part:
+            raw = await part.read_file(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            manifest = await trio.to_thread.run_sync(load_manifest_untrusted, raw)
+            yield part, manifest, root_of(raw)
 
 
 def content_root(text: str) -> BlobId:

@@ -11,9 +11,11 @@ from pathlib import Path
 import cyclopts
 
 from checkpoints.cli import app as checkpoint_app
+from checkpoints.cli import mount_verbs
 from dht.progress import Progress
 from fabric.app.cli_output import show_json, show_table, show_text, talk
 from fabric.app.client import Client, connect
+from fabric.app.content_messages import ContentRow
 from fabric.core.errors import FabricError
 
 TELL_SECONDS = 1.0
@@ -41,14 +43,14 @@ def get(root: str, path: Path, *, home: Path | None = None, json: bool = False) 
         json: Print JSON.
     """
     client = connect(home)
-    with _told(client, root, quiet=json):
+    with told(client, root, quiet=json):
         client.content_get(root, path)
     if json:
         show_json({"root": root, "path": str(path)})
 
 
 @contextmanager
-def _told(client: Client, root: str, *, quiet: bool) -> Iterator[None]:
+def told(client: Client, root: str, *, quiet: bool) -> Iterator[None]:
     """Tell how far the fetch of ``root`` is, while the block lasts.
 
     Only where somebody watches: stderr is a terminal.
@@ -96,15 +98,49 @@ def ls(*, home: Path | None = None, json: bool = False) -> None:
             show_json(row)
         return
     show_table(
-        ("ROOT", "NAME", "BYTES", "PINNED"),
-        ((r.root[:16], r.name, r.bytes, r.pinned) for r in rows),
+        ("ROOT", "NAME", "BYTES", "PINNED", "COPIES"),
+        ((r.root[:16], r.name, r.bytes, r.pinned, copies_text(r)) for r in rows),
     )
+
+
+def copies_text(row: ContentRow) -> str | None:
+    """Return how many copies of a checkpoint there are, of those that should be."""
+    if not row.wanted:
+        return None
+    return f"{row.copies if row.copies >= 0 else '?'}/{row.wanted}"
+
+
+def pin(root: str, *, home: Path | None = None, json: bool = False) -> None:
+    """Keep content that is here, whatever else is removed.
+
+    Args:
+        root: Content root.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    connect(home).content_pin(root)
+    if json:
+        show_json({"root": root, "pinned": True})
+
+
+def unpin(root: str, *, home: Path | None = None, json: bool = False) -> None:
+    """Let content be removed when the store needs room, or its run moved on.
+
+    Args:
+        root: Content root.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    connect(home).content_pin(root, pinned=False)
+    if json:
+        show_json({"root": root, "pinned": False})
 
 
 def add_to(app: cyclopts.App) -> None:
     """Add these verbs to ``app``."""
     content = cyclopts.App(name="content", help="Content addressed by its BLAKE3 root.")
-    for verb in (add, get, ls):
+    for verb in (add, get, ls, pin, unpin):
         content.command(verb)
     app.command(content)
+    mount_verbs()
     app.command(checkpoint_app, name="ckpt")

@@ -10,7 +10,7 @@ import cyclopts
 from fabric.app.cli_output import show_json, show_table, show_text, talk
 from fabric.app.client import Job, connect
 from fabric.app.config_loader import parse_assignment
-from fabric.app.control_messages import EventView, JobRow
+from fabric.app.control_messages import COPIES_FACT, EventView, JobRow
 from fabric.core.ids import short
 from fabric.jobs.spec import load_spec
 
@@ -19,6 +19,7 @@ def run(
     spec: Path,
     *,
     set: Annotated[tuple[str, ...], cyclopts.Parameter(negative="")] = (),
+    resume: str = "",
     dry_run: bool = False,
     follow: Annotated[bool, cyclopts.Parameter(name=("--follow", "-f"))] = False,
     home: Path | None = None,
@@ -29,12 +30,15 @@ def run(
     Args:
         spec: TOML file.
         set: Changes as key=value, e.g. --set train.outer.rounds=5.
+        resume: Content root of the checkpoint to go on from; its round counts.
         dry_run: Print the resolved spec and stop.
         follow: Stay and print the job's events until it ends.
         home: Directory of the peer to talk to.
         json: Print JSON, a line each.
     """
     overrides = dict(parse_assignment(text) for text in set)
+    if resume:
+        overrides["resume"] = resume.removeprefix("blob:")
     resolved = load_spec(spec, overrides)
     if dry_run:
         show_json(resolved)
@@ -59,7 +63,17 @@ def jobs(*, home: Path | None = None, json: bool = False) -> None:
             show_json(row)
         return
     show_table(
-        ("JOB", "NAME", "KIND", "STATE", "ROUND", "PEERS", "COORDINATOR", "REASON"),
+        (
+            "JOB",
+            "NAME",
+            "KIND",
+            "STATE",
+            "ROUND",
+            "CHECKPOINT",
+            "PEERS",
+            "COORDINATOR",
+            "REASON",
+        ),
         (
             (
                 row.job[:8],
@@ -67,6 +81,7 @@ def jobs(*, home: Path | None = None, json: bool = False) -> None:
                 row.kind,
                 row.state,
                 f"{row.round}/{row.rounds}" if row.rounds else None,
+                checkpoint_text(row),
                 peers_text(row),
                 short(row.coordinator),
                 row.reason,
@@ -80,6 +95,12 @@ def peers_text(row: JobRow) -> str:
     """Return how many take part, and how many of them are not there."""
     away = sum(peer in row.absent for peer in row.participants)
     return f"{len(row.participants)}" + (f" ({away} away)" if away else "")
+
+
+def checkpoint_text(row: JobRow) -> str | None:
+    """Return the round of the newest checkpoint, and how many copies there are."""
+    at, copies = (row.facts.get(k) for k in ("checkpoint_round", COPIES_FACT))
+    return None if at is None else f"{at} ({copies})" if copies else str(at)
 
 
 def logs(

@@ -25,6 +25,7 @@ from dht.progress import Progress
 from fabric.app import control_messages as m
 from fabric.app.board_messages import BoardView
 from fabric.app.config_loader import set_at
+from fabric.app.content_messages import ContentRow, FetchedView
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
 from fabric.app.root_key import found_mesh, write_root_key
@@ -226,13 +227,24 @@ class Client:
         """Fetch ``root`` from any peers that hold it and write it to ``path``."""
         self.one(m.ContentGet(root, str(path.absolute())), m.Line, timeout=3600)
 
+    def content_pin(self, root: str, *, pinned: bool = True) -> None:
+        """Keep content that is here whatever else is removed; or no longer."""
+        self.one(m.ContentPin(root, pinned), m.Line)
+
+    def checkpoint_fetch(
+        self, root: str, path: Path, only: Sequence[str] = ()
+    ) -> FetchedView:
+        """Write a checkpoint, or its tensors that match ``only``, to ``path``."""
+        request = m.CheckpointFetch(root, str(path.absolute()), tuple(only))
+        return self.one(request, FetchedView, timeout=3600)
+
     def content_progress(self, root: str) -> Progress:
         """Return how far a fetch of ``root`` is that another call waits for."""
         return self.one(m.ContentProgress(root), Progress)
 
-    def content(self) -> list[m.ContentRow]:
+    def content(self) -> list[ContentRow]:
         """Return the content held here."""
-        return list(self.items(m.ContentList(), m.ContentRow))
+        return list(self.items(m.ContentList(), ContentRow))
 
     def ping(
         self, peer: str, count: int = 3, *, interval_seconds: float = 0.0

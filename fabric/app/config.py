@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from attestation.config import AttestationConfig
+from checkpoints.mesh.config import ReplicationConfig
 from crdt_store.config import StoreConfig
 from dht.config import ContentConfig
 from fabric.app.config_loader import load_config
@@ -54,6 +55,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     store: StoreConfig = StoreConfig()
     attestation: AttestationConfig = AttestationConfig()
     content: ContentConfig = ContentConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     jobs: JobsConfig = JobsConfig()
     train: TrainConfig = TrainConfig()
     serve: InferenceConfig = InferenceConfig()

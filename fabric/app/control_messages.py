@@ -16,6 +16,9 @@ from fabric.core.codec import Codec
 MAX_CONTROL_BYTES = 8 << 20
 """Largest frame; lists are paged by their verbs long before."""
 
+COPIES_FACT = "checkpoint_copies"
+"""Of a job's newest checkpoint: copies known here, of those that should be ("2/2")."""
+
 Text = Annotated[str, msgspec.Meta(max_length=10_000)]
 
 
@@ -150,6 +153,21 @@ class ContentGet(msgspec.Struct, frozen=True, tag="content_get"):
     path: Text
 
 
+class ContentPin(msgspec.Struct, frozen=True, tag="content_pin"):
+    """Keep content that is here, whatever else is removed; or no longer."""
+
+    root: Text
+    pinned: bool = True
+
+
+class CheckpointFetch(msgspec.Struct, frozen=True, tag="checkpoint_fetch"):
+    """Write a checkpoint, or its tensors that ``only`` names, to ``path``."""
+
+    root: Text
+    path: Text
+    only: tuple[Text, ...] = ()
+
+
 class ContentProgress(msgspec.Struct, frozen=True, tag="content_progress"):
     """Say how far the fetch of ``root`` is, as a ``dht.progress.Progress``."""
 
@@ -210,6 +228,8 @@ Request = (
     | Serve
     | ContentAdd
     | ContentGet
+    | ContentPin
+    | CheckpointFetch
     | ContentProgress
     | ContentList
     | Ping
@@ -338,15 +358,6 @@ class Lines(msgspec.Struct, frozen=True):
     """Sentences for people."""
 
     lines: tuple[str, ...]
-
-
-class ContentRow(msgspec.Struct, frozen=True):
-    """One piece of content held here."""
-
-    root: str
-    name: str
-    bytes: int
-    pinned: bool
 
 
 class PingView(msgspec.Struct, frozen=True):

@@ -15,12 +15,13 @@ from dht.progress import Progress
 from fabric.app import control_messages as m
 from fabric.app.boards import board_view, edit_board
 from fabric.app.checkpoint_flow import content_root
+from fabric.app.content_messages import ContentRow
 from fabric.app.control_net import findings, ping
 from fabric.app.explain import explain_peer, peer_rows
 from fabric.app.session import ENDED, Session
 from fabric.app.trust import change_trust
 from fabric.core.errors import ConfigError, Unavailable
-from fabric.core.ids import JobId, PeerId
+from fabric.core.ids import BlobId, JobId, PeerId
 from fabric.jobs.service import JobView
 from fabric.jobs.spec import CODEC
 
@@ -64,15 +65,22 @@ class ControlVerbs:
 
     async def _rows(self, request: m.Jobs | m.ContentList | m.Trust) -> Results:
         if isinstance(request, m.Jobs):
+            known = self._session.checkpoints.replication.copies()
             for view in self._session.jobs.jobs():
+                root = BlobId(str(view.facts.get("checkpoint", "")))
+                if root in known:
+                    held, wanted = known[root]
+                    view.facts[m.COPIES_FACT] = f"{held}/{wanted}"
                 yield job_row(view, self._session.store.presence.absence)
             return
         if isinstance(request, m.Trust):
             for row in self._session.store.admin.rows():
                 yield row
             return
+        copies = self._session.checkpoints.replication.copies()
         for stat in await trio.to_thread.run_sync(self._session.blobs.ls):
-            yield m.ContentRow(stat.root, stat.name, stat.size, stat.pinned)
+            held, wanted = copies.get(stat.root, (-1, 0))
+            yield ContentRow(stat.root, stat.name, stat.size, stat.pinned, held, wanted)
 
     async def _one(self, request: m.Request) -> msgspec.Struct:
         match request:
@@ -85,6 +93,9 @@ class ControlVerbs:
                 return board_view(self._session, job)
             case m.ContentProgress(root):
                 return self._session.content.progress(content_root(root)) or Progress()
+            case m.CheckpointFetch(root, path, only):
+                flow = self._session.checkpoints.flow
+                return await flow.fetch(root, Path(path), only)
             case m.Why():
                 return m.Lines(await self._why(request.subject))
             case m.RootSigned():
@@ -119,7 +130,11 @@ class ControlVerbs:
             case m.Grant() | m.Revoke() | m.AddAuthority():
                 await change_trust(session, request)
             case m.Submit(spec):
-                return await session.jobs.submit(CODEC.decode_untrusted(spec))
+                return await session.checkpoints.submit(CODEC.decode_untrusted(spec))
+            case m.ContentPin(root, pinned):
+                blobs = session.blobs
+                change = blobs.pin if pinned else blobs.unpin
+                await trio.to_thread.run_sync(change, content_root(root))
             case m.StopJob(job):
                 await session.jobs.stop(self._job(job))
             case m.Serve():

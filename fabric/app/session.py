@@ -20,6 +20,7 @@ from crdt_store.service import Store
 from crdt_store.views import Hardware, MemberRecord
 from dht.blobs import BlobStore
 from dht.service import ContentService
+from fabric.app.checkpoints import Checkpoints
 from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector
 from fabric.app.doubts import Doubts
@@ -71,6 +72,7 @@ class Session:
     admission: AdmissionService
     blobs: BlobStore
     content: ContentService
+    checkpoints: Checkpoints
     jobs: JobsService
     serving: Serving
     book: PeerBook

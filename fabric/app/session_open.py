@@ -34,8 +34,8 @@ from crdt_store.liveness.messages import Load
 from crdt_store.messages import SYNC_METHOD
 from crdt_store.service import open_store
 from dht.blobs import BlobStore
-from dht.service import open_content
-from fabric.app.checkpoint_flow import CheckpointFlow
+from dht.service import ContentService, open_content
+from fabric.app.checkpoints import make_checkpoints
 from fabric.app.clock import serve_clock
 from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector
@@ -116,6 +116,8 @@ async def _opened(
         session = await _open(stack, node, membership)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(session.admission.run)
+        await nursery.start(session.checkpoints.hot.run)
+        await nursery.start(session.checkpoints.replication.run)
         await nursery.start(session.jobs.run)
         await nursery.start(session.peers_file.run)
         nursery.start_soon(session.hood.run)
@@ -187,6 +189,26 @@ async def _open_network(
     return _Network(host, broadcast, routing, plane, rpc, bulk)
 
 
+async def _open_content(
+    stack: AsyncExitStack, node: SessionOwner, net: _Network, gate: SessionGate
+) -> tuple[BlobStore, ContentService]:
+    config = node.config.content
+    blobs = await trio.to_thread.run_sync(
+        BlobStore, node.home.data / "content", config.max_bytes
+    )
+    service = open_content(
+        config,
+        blobs,
+        net.rpc,
+        net.bulk,
+        net.routing,
+        gate,
+        node.counters,
+        own=node.signer.peer_id,
+    )
+    return blobs, await stack.enter_async_context(service)
+
+
 async def _open(
     stack: AsyncExitStack, node: SessionOwner, membership: MeshMembership
 ) -> Session:
@@ -250,17 +272,12 @@ async def _open(
         config.attestation,
         counters,
     )
-    blobs = await trio.to_thread.run_sync(
-        BlobStore, node.home.data / "content", config.content.max_bytes
+    blobs, content = await _open_content(stack, node, net, gate)
+    kept = await make_checkpoints(
+        node.home, config, signer, store, blobs, content, rpc, bulk, counters
     )
-    content = await enter(
-        open_content(
-            config.content, blobs, rpc, bulk, net.routing, gate, counters, own=own
-        )
-    )
-    flow = CheckpointFlow(own, store, blobs, content, node.home.state / "checkpoints")
     serve = ServeService(
-        own, rpc, RunnerPorts(paths, signer, flow.obtain, time.time, config.serve)
+        own, rpc, RunnerPorts(paths, signer, kept.flow.obtain, time.time, config.serve)
     )
     serve.register()
     jobs = JobsService(
@@ -269,14 +286,22 @@ async def _open(
         rpc=rpc,
         store=ReplicatedJobStore(store),
         runners=_installed(
-            train=train_runner_factory(paths, signer, config.train),
+            train=train_runner_factory(
+                paths,
+                signer,
+                config.train,
+                obtain=kept.flow.obtain_resumed,
+                hot=kept.hot,
+            ),
             serve=serve.open_runner,
         ),
         members=partial(live_members, store, rpc, own, hood),
         scratch_root=node.home.jobs,
-        on_checkpoint=flow.publish,
+        on_checkpoint=kept.flow.publish,
+        hot=kept.hot,
         counters=counters,
     )
+    kept.jobs = jobs
     connector = MemberConnector(
         host,
         admission,
@@ -333,6 +358,7 @@ async def _open(
         admission,
         blobs,
         content,
+        kept,
         jobs,
         serving,
         book,

@@ -29,6 +29,7 @@ from fabric.jobs.messages import (
 )
 from fabric.jobs.outbox import Outbox
 from fabric.jobs.quorum import electors, has_majority
+from fabric.jobs.saving import Saves
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import Pause, Trigger
 from fabric.jobs.steering import value_at
@@ -74,6 +75,7 @@ class Chair:
         self.role = Coordinator(generation, spec, now)
         self._beat_due = now
         self._asked_saver: PeerId | None = None
+        self._saves = Saves(generation.job, spec)
         self.verdict: tuple[Trigger, str] | None = None
 
     def missing(self, now: float) -> tuple[PeerId, ...]:
@@ -154,6 +156,7 @@ class Chair:
         working = live - self.role.broken
         if closed is not None:
             self._take_settings(closed.decision.round)
+            self._saves.decided(closed.decision.round + 1, now)
             decision = replace(
                 closed.decision,
                 tokens_before=self._ledger.tokens,
@@ -164,6 +167,9 @@ class Chair:
                 self._outbox.put(peer, "decision", decision, now)
         elif finishers := self.role.finishers(working, now):
             self._complete(finishers, len(working), now)
+        order = self._saves.next_order(self.role.held_rounds(), working, now)
+        if order is not None:
+            self._ask_save(order.peer, order.round, now)
 
     def _take_settings(self, at: int) -> None:
         """Put what people set into force, once per decision, and note who did."""
@@ -194,22 +200,36 @@ class Chair:
             if len(finishers) < num_live:
                 self._ledger.put("peers_behind", num_live - len(finishers))
             rounds = self.role.table.round
-            save = Save(self._generation.job, self._generation.counter, rounds)
-            self._outbox.put(saver, "save", save, now)
+            self._ask_save(saver, rounds, now)
 
-    def save_refused(self, sender: PeerId) -> None:
+    def _ask_save(self, saver: PeerId, rounds: int, now: float) -> None:
+        save = Save(self._generation.job, self._generation.counter, rounds)
+        self._outbox.put(saver, f"save {rounds}", save, now)
+
+    def save_refused(self, sender: PeerId, round_number: int) -> None:
         """``sender`` does not save under this epoch: it restarted, say."""
+        if self._saves.answered(sender, round_number, saved=False):
+            return
         if sender == self._asked_saver:
             self.role.save_failed(sender)
 
     def _on_saved(self, sender: PeerId, saved: Saved) -> None:
-        if sender != self._asked_saver:
+        known = self._saves.answered(sender, saved.round, saved=bool(saved.root))
+        last = sender == self._asked_saver and saved.round == self.role.table.round
+        if not known and not last:
             return
         if not saved.root:
-            self.role.save_failed(sender)
-            self._record("save_failed", sender, {"reason": saved.reason})
+            if last:
+                self.role.save_failed(sender)
+            facts: dict[str, Fact] = {"reason": saved.reason, "round": saved.round}
+            self._record("save_failed", sender, facts)
             return
         self._ledger.put("checkpoint", saved.root)
+        self._ledger.put("checkpoint_round", saved.round)
+        if not last:
+            facts = {"root": saved.root, "round": saved.round}
+            self._record("checkpoint", sender, facts)
+            return
         self._ledger.put("rounds", saved.round)
         self.verdict = (Trigger.COMPLETED, "")
 

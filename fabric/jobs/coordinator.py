@@ -115,6 +115,10 @@ class Coordinator:
         self.behind |= self._diverged
         return len(self._diverged - known)
 
+    def held_rounds(self) -> dict[PeerId, int]:
+        """Return which round's state each participant said it holds."""
+        return {peer: held for peer, (held, _) in self._held.items()}
+
     # -- decisions
 
     def decide(self, live: Peers, now: float) -> Closed | None:

@@ -8,6 +8,7 @@ before anything else), then let the answers out and start the sends.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +39,11 @@ from fabric.jobs.effects import (
 )
 from fabric.jobs.event_log import EventLog
 from fabric.jobs.messages import CODEC, JobMessage
-from fabric.jobs.ports import JobStore, OnCheckpoint
+from fabric.jobs.ports import HotStates, JobStore, OnCheckpoint
 from fabric.jobs.promises import RECORD
 from fabric.jobs.publisher_service import Publisher
 from fabric.jobs.runner import RunnerEvent, RunnerFailed
-from fabric.jobs.runner_service import Command, RunnerHost
+from fabric.jobs.runner_service import Command, RunnerHost, SaveTo
 from fabric.jobs.seat import Seat
 from fabric.net.rpc_api import Rpc
 
@@ -58,6 +59,10 @@ INBOX = 256
 
 AT_ONCE_SECONDS = 0.5
 """A dial that fails within this was refused: nothing was waited for."""
+
+
+def _exists(path: Path) -> bool:
+    return path.exists()  # one look: no thread is worth it
 
 
 @dataclass
@@ -109,6 +114,7 @@ class JobTask:
         store: Where promises, statuses and assignments go.
         scratch: Directory of this job on this peer.
         on_checkpoint: Takes a written checkpoint.
+        hot: States that outlive workers; None: nobody keeps any.
         config: Bounds.
         wall_clock: Seconds since 1970, for event times.
         counters: Where faults are counted.
@@ -123,6 +129,7 @@ class JobTask:
         store: JobStore,
         scratch: Path,
         on_checkpoint: OnCheckpoint,
+        hot: HotStates | None,
         config: JobsConfig,
         wall_clock: Callable[[], float],
         counters: Counters,
@@ -134,10 +141,12 @@ class JobTask:
         self._host = make_host(self) if make_host is not None else None
         self._rpc, self._store, self._scratch = rpc, store, scratch
         self._on_checkpoint, self._config = on_checkpoint, config
+        self._hot = hot
         self._wall_clock, self._counters = wall_clock, counters
         self._send_input, self._inputs = trio.open_memory_channel[Input](INBOX)
         self._waiting: list[Asked | Order] = []
         self._publisher = Publisher(seat, store, config)
+        self._save_turn = trio.Lock()  # one step is written and published at a time
 
     # -- for others
 
@@ -175,10 +184,13 @@ class JobTask:
     async def run(self) -> None:
         """Own the seat until the job is over and told, or our disk refuses."""
         try:
+            await self._recall()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._publisher.run)
                 await self._serve(nursery)
                 nursery.cancel_scope.cancel()
+            if self._hot is not None and self.seat.over:
+                await self._hot.forget(self.seat.job)
         finally:
             self.ended = True
             self._release(answer=False)
@@ -231,7 +243,19 @@ class JobTask:
                 item.act(self.seat, now)
                 self._waiting.append(item)
             case _:
-                self.seat.event(item, now)
+                self._take_event(item, now)
+
+    def _take_event(self, event: RunnerEvent, now: float) -> None:
+        hot = None
+        if isinstance(event, RunnerFailed) and self._hot is not None:
+            hot = self._hot.newest(self.seat.job)
+        self.seat.event(event, now, hot)
+
+    async def _recall(self) -> None:
+        """After a restart: know what is kept of the state before anybody asks."""
+        if self._hot is not None and self.seat.resumed:
+            participants = self.seat.committed.participants
+            self.seat.recalled(await self._hot.recall(self.seat.job, participants))
 
     def _take_question(self, asked: Asked, now: float) -> None:
         self._waiting.append(asked)
@@ -304,7 +328,7 @@ class JobTask:
             self._report_failure("E_WORKER_STUCK", exc.reason)
 
     def _report_failure(self, code: str, reason: str) -> None:
-        self.seat.event(RunnerFailed(code, reason), trio.current_time())
+        self._take_event(RunnerFailed(code, reason), trio.current_time())
 
     def _record(
         self,
@@ -339,13 +363,24 @@ class JobTask:
         directory = self._scratch / "checkpoints" / f"step-{at}"
         try:
             with trio.fail_after(self._config.save_timeout_seconds):
-                if self._host is None:
-                    raise Unavailable("no worker of this job runs here")
-                await self._host.save(directory, nursery)
-                root = await self._on_checkpoint(self.seat.job, directory, at)
+                async with self._save_turn:
+                    root = await self._write(at, directory, nursery)
         except FabricError as exc:
             reason = f"{exc.code}: {exc.reason}"
         except trio.TooSlowError:
             reason = f"no checkpoint in {self._config.save_timeout_seconds:.0f} s"
-        act_at = (root, reason)
+        act_at = (at, root, reason)
         await self.order(lambda seat, now: seat.saved(*act_at, now))
+
+    async def _write(self, at: int, directory: Path, nursery: trio.Nursery) -> str:
+        """Write and publish the state of round ``at``; content is its only copy then.
+
+        What a crash left is removed first: it was not announced.
+        """
+        if self._host is None:
+            raise Unavailable("no worker of this job runs here")
+        if _exists(directory):
+            await trio.to_thread.run_sync(shutil.rmtree, directory, True)
+        await self._host.save(SaveTo(directory, at), nursery)
+        seat = self.seat
+        return await self._on_checkpoint(seat.job, seat.spec, directory, at)

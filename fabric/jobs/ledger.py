@@ -8,7 +8,13 @@ from fabric.core.ids import PeerId, short
 from fabric.jobs.event_log import names_of
 from fabric.jobs.messages import MAX_FACTS, RoundDecision, StateHeld
 from fabric.jobs.rounds import Closed
-from fabric.jobs.runner import LINK_FACT, SOURCES_FACT
+from fabric.jobs.runner import (
+    HOT_FACT,
+    LINK_FACT,
+    RESUMED_ROUND_FACT,
+    RESUMED_STATE_FACT,
+    SOURCES_FACT,
+)
 
 Fact = str | int | float | bool
 
@@ -64,6 +70,12 @@ class Ledger:
 
     def peer_facts(self, peer: PeerId, facts: Mapping[str, Fact]) -> None:
         """Merge what ``peer`` sent over each of its links: totals only grow."""
+        for name in (RESUMED_ROUND_FACT, RESUMED_STATE_FACT):
+            if name in facts:
+                self._totals[name] = facts[name]
+        if isinstance(hot := facts.get(HOT_FACT), int):
+            known = self._totals.get(HOT_FACT)
+            self._totals[HOT_FACT] = max(hot, known if isinstance(known, int) else 0)
         if SOURCES_FACT in facts:
             self._totals[f"{SOURCES_FACT}:{short(peer)}"] = facts[SOURCES_FACT]
         for name, value in facts.items():

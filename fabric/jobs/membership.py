@@ -46,6 +46,11 @@ class Membership:
         """We want to be left out, of this generation and of later ones."""
         self.leaving, self.joins = True, False
 
+    @property
+    def may_rejoin(self) -> bool:
+        """Whether a worker that failed is the first one: a new one is tried at once."""
+        return self._failures <= 1 and self.joins
+
     def worker_failed(self, reason: str, now: float) -> None:
         """A worker failed: ask for a place again, but later each time."""
         self.leaving = False

@@ -24,6 +24,7 @@ import msgspec
 
 from fabric.core.codec import Codec
 from fabric.core.digest import hex_digest
+from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import JobId, PeerId
 from fabric.core.signing import Signed
 
@@ -352,3 +353,17 @@ KIND_ACK = "jobs.ack"
 def generation_hash(generation: Generation) -> str:
     """Return the hex digest that names ``generation``."""
     return hex_digest(GENERATION.encode(generation))
+
+
+def job_of(message: JobMessage) -> JobId:
+    """Return the job that ``message`` is about.
+
+    Raises:
+        RemoteProtocolError: it is an answer, which names none.
+    """
+    if isinstance(message, Propose | Commit):
+        return message.generation.job
+    found = getattr(message, "job", None)
+    if found is None or isinstance(message, Standing):
+        raise RemoteProtocolError(f"{type(message).__name__} names no job")
+    return JobId(found)

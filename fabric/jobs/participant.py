@@ -70,7 +70,7 @@ class Participant:
         self._busy: tuple[int, float] | None = None
         self._facts: dict[str, Fact] = {}
         self._facts_due = now
-        self._saving = False
+        self._saving: set[int] = set()
         self.settings: tuple[Setting, ...] = ()
 
     @property
@@ -92,7 +92,7 @@ class Participant:
     def enter(self, generation: Generation) -> None:
         """Take part in a generation from its base state on."""
         self._busy = None
-        self.resumed = self._saving = False
+        self.resumed, self._saving = False, set()
         if self.decided != generation.base_round - 1:  # else we know what is in force
             self.settings = generation.settings
         self.decided = generation.base_round - 1
@@ -141,9 +141,9 @@ class Participant:
         self._facts.clear()
         return PeerFacts(self._job, self._acceptor.committed.counter, facts)
 
-    def saved(self) -> None:
-        """Our runner wrote the checkpoint, or failed to."""
-        self._saving = False
+    def saved(self, round_number: int) -> None:
+        """Our runner wrote the checkpoint of that round, or failed to."""
+        self._saving.discard(round_number)
 
     # -- what the coordinator says
 
@@ -209,12 +209,12 @@ class Participant:
         return Done()
 
     def on_save(self, sender: PeerId, save: Save) -> JobMessage:
-        """Have our runner write the last state as a checkpoint, once."""
+        """Have our runner write the state of a round as a checkpoint, once."""
         generation = self._acceptor.committed
         acts = sender == generation.coordinator and self.takes_part
         if not acts or save.counter != generation.counter:
             return self._acceptor.refuse("E_STALE", f"epoch {save.counter} is over")
-        if not self._saving:
-            self._saving = True
+        if save.round not in self._saving:
+            self._saving.add(save.round)
             self._effects.append(SaveState(save.round))
         return Done()

@@ -10,6 +10,7 @@ import msgspec
 
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.messages import Setting
+from fabric.jobs.promises import Held
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import JobStatus
 
@@ -107,11 +108,29 @@ class Members(Protocol):
         ...
 
 
+class HotStates(Protocol):
+    """States of jobs that outlive the workers which held them, here and elsewhere."""
+
+    def newest(self, job: JobId) -> Held | None:
+        """Return the newest state of ``job`` that the next worker here can have."""
+        ...
+
+    async def recall(self, job: JobId, participants: tuple[PeerId, ...]) -> Held | None:
+        """Return it after a restart, perhaps got from others; bounded in time."""
+        ...
+
+    async def forget(self, job: JobId) -> None:
+        """Keep nothing of ``job``: it is over."""
+        ...
+
+
 class OnCheckpoint(Protocol):
     """Takes a finished checkpoint directory."""
 
-    async def __call__(self, job: JobId, directory: Path, round: int) -> str:
-        """Add it to the content store, announce it, write the head; return its root.
+    async def __call__(
+        self, job: JobId, spec: JobSpec, directory: Path, round: int
+    ) -> str:
+        """Move it into the content store, announce it, write the head; return its root.
 
         Raises:
             FabricError: it does not verify, or there is no room for it.

@@ -36,7 +36,8 @@ from fabric.jobs.spec import JobSpec
 def genesis_of(job: JobId, spec: JobSpec) -> Generation:
     """Return generation 0, implied by the spec: the submitter alone."""
     submitter = PeerId(spec.submitter)
-    return Generation(job, 0, submitter, (submitter,), 0, "", (), "")
+    first = spec.resume_round
+    return Generation(job, 0, submitter, (submitter,), first, "", (), "")
 
 
 class Held(NamedTuple):

@@ -67,6 +67,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
         avoid_coordinator: Do not name the proposer (its worker failed, it leaves).
         depose: Go on although the present coordinator may live (it is us).
         settings: In force, as far as the proposer knows.
+        first_round: The round that the initial state starts.
     """
 
     participants: tuple[PeerId, ...]
@@ -75,17 +76,20 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     avoid_coordinator: bool = False
     depose: bool = False
     settings: Settings = ()
+    first_round: int = 0
 
 
-def choose_base(holdings: Mapping[PeerId, Held]) -> tuple[int, str, tuple[PeerId, ...]]:
+def choose_base(
+    holdings: Mapping[PeerId, Held], first: int = 0
+) -> tuple[int, str, tuple[PeerId, ...]]:
     """Return (round, digest, sources) of the state a new generation starts from.
 
     The highest held round; among its digests the one most hold, ties to the higher
-    digest. Round 0 is the initial state, which everyone derives: no sources.
+    digest. Round ``first`` is the initial state, which everyone derives: no sources.
     """
-    top = max((h.round for h in holdings.values() if h.has_state), default=0)
-    if top == 0:
-        return 0, "", ()
+    top = max((h.round for h in holdings.values() if h.has_state), default=first)
+    if top <= first:
+        return first, "", ()
     votes: dict[str, list[PeerId]] = {}
     for peer, held in holdings.items():
         if held.has_state and held.round == top:
@@ -261,7 +265,9 @@ class Campaign:
         if not participants or self._attempts > MAX_ATTEMPTS:
             self._lose("contention" if participants else NOBODY)
             return
-        base_round, digest, sources = choose_base({p: held[p] for p in participants})
+        base_round, digest, sources = choose_base(
+            {p: held[p] for p in participants}, self.wish.first_round
+        )
         self.highest += 1
         self._target = Generation(
             job=self.base.job,
@@ -330,7 +336,8 @@ class Campaign:
                 peer: Held(b.held_round, b.held_digest, b.has_state)
                 for peer, b in self._tally.acks.items()
             }
-            chosen = choose_base({p: held[p] for p in target.participants})
+            holding = {p: held[p] for p in target.participants}
+            chosen = choose_base(holding, self.wish.first_round)
             if chosen == (target.base_round, target.state_digest, target.sources):
                 self._win(target)
             else:

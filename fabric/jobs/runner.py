@@ -26,6 +26,13 @@ CHECKPOINT_FAILED_FACT = "checkpoint_failed"
 SOURCES_FACT = "state_sources"
 """From how many peers a newcomer got its state; "state_sources:<peer>" in the job's."""
 
+HOT_FACT = "hot_round"
+"""The round whose start state is kept in memory outside the worker."""
+
+RESUMED_ROUND_FACT, RESUMED_STATE_FACT = "resumed_round", "resumed_state"
+"""Of a job that resumed: its first round, and the digest of the state it started with,
+as its workers computed it from the checkpoint."""
+
 CHECKPOINT_FACT = "checkpoint"
 """A RunnerProgress with this fact (the directory) answers :meth:`Runner.save`."""
 
@@ -74,8 +81,11 @@ class Runner(Protocol):
         """Apply the coordinator's choice for a round."""
         ...
 
-    async def save(self, directory: Path) -> None:
-        """Write the current state as a checkpoint; RunnerProgress says when done."""
+    async def save(self, directory: Path, at: int) -> None:
+        """Write the state of round ``at`` as a checkpoint beside the rounds going on.
+
+        RunnerProgress says when it is done.
+        """
         ...
 
     async def next_event(self) -> RunnerEvent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -25,7 +26,15 @@ from fabric.jobs.spec import JobSpec
 
 logger = logging.getLogger(__name__)
 
-Command = Generation | RoundDecision | Path
+
+class SaveTo(NamedTuple):
+    """Write the state of ``round`` under ``directory``."""
+
+    directory: Path
+    round: int
+
+
+Command = Generation | RoundDecision | SaveTo
 """Apply it, decide it, or save to it."""
 
 
@@ -93,8 +102,8 @@ class RunnerHost:
             self._scope.cancel()
             self._scope = None
 
-    async def save(self, directory: Path, nursery: trio.Nursery) -> None:
-        """Return when the runner has written its state to ``directory``.
+    async def save(self, order: SaveTo, nursery: trio.Nursery) -> None:
+        """Return when the runner has written the state; one at a time.
 
         Bound it with ``trio.fail_after``.
 
@@ -104,7 +113,7 @@ class RunnerHost:
         if not self.running:
             raise Unavailable("no worker of this job runs here")
         self._saved, self._save_error = trio.Event(), ""
-        self.send(directory, nursery)
+        self.send(order, nursery)
         await self._saved.wait()
         if self._save_error:
             raise Unavailable(self._save_error)
@@ -144,8 +153,8 @@ class RunnerHost:
                     await runner.apply(command)
                 case RoundDecision():
                     await runner.decide(command)
-                case Path():
-                    await runner.save(command)
+                case SaveTo(directory, at):
+                    await runner.save(directory, at)
 
     async def _pump(self, runner: Runner) -> None:
         while True:

@@ -49,7 +49,7 @@ from fabric.jobs.messages import (
     Standing,
     StateHeld,
 )
-from fabric.jobs.promises import PromiseRecord
+from fabric.jobs.promises import Held, PromiseRecord
 from fabric.jobs.runner import (
     RunnerEvent,
     RunnerFailed,
@@ -117,6 +117,16 @@ class Seat:
         return self._tenure.outcome.reason or given_up
 
     @property
+    def resumed(self) -> bool:
+        """Whether this peer restarted in the committed generation and holds nothing."""
+        return self._tenure.part.resumed
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether our worker takes part and holds a state."""
+        return self._tenure.part.takes_part and self._tenure.part.held.has_state
+
+    @property
     def coordinates(self) -> bool:
         """Whether we coordinate the newest generation and may act."""
         return self._tenure.part.coordinates
@@ -179,17 +189,16 @@ class Seat:
             self._tenure.ledger.adopt(status.facts)
             self._tenure.adopt_end(status.state, str(status.facts.get(REASON_FACT, "")))
 
-    def saved(self, root: str, reason: str, now: float) -> None:
-        """Our runner wrote the checkpoint ``root``, or failed to when it is empty."""
-        self._tenure.part.saved()
-        rounds = self.spec.train.outer.rounds
-        saved = Saved(self.job, self.committed.counter, rounds, root, reason[:500])
-        self._tenure.tell("saved", saved, now)
+    def saved(self, at: int, root: str, reason: str, now: float) -> None:
+        """Our runner wrote checkpoint ``root`` of round ``at``; empty: it failed to."""
+        self._tenure.part.saved(at)
+        saved = Saved(self.job, self.committed.counter, at, root, reason[:500])
+        self._tenure.tell(f"saved {at}", saved, now)
 
     # -- events of our runner
 
-    def event(self, event: RunnerEvent, now: float) -> None:
-        """Take a fact from our runner."""
+    def event(self, event: RunnerEvent, now: float, hot: Held | None = None) -> None:
+        """Take a fact from our runner; ``hot`` is what a new worker here could hold."""
         match event:
             case RoundReport():
                 if event.counter == self.committed.counter:
@@ -200,14 +209,29 @@ class Seat:
             case RunnerProgress() | RunnerResult():
                 self._tenure.part.add_facts(event.facts, now)
             case RunnerFailed():
-                self._on_worker_failed(f"{event.code}: {event.reason}"[:500], now)
+                self._on_worker_failed(f"{event.code}: {event.reason}"[:500], now, hot)
 
-    def _on_worker_failed(self, reason: str, now: float) -> None:
-        self._tenure.part.drop()
-        self._tenure.record("worker_failed", self.me, {"reason": reason})
-        self._tenure.effects.append(Retire())
-        self.leave(now, failed=True, reason=reason)
-        self._tenure.membership.worker_failed(reason, now)
+    def _on_worker_failed(self, reason: str, now: float, hot: Held | None) -> None:
+        tenure = self._tenure
+        tenure.part.drop()
+        tenure.record("worker_failed", self.me, {"reason": reason})
+        tenure.effects.append(Retire())
+        tenure.membership.worker_failed(reason, now)
+        self.recalled(hot)
+        mine = self.me in self.committed.participants
+        if mine and tenure.part.held.has_state and tenure.membership.may_rejoin:
+            # The next worker starts from what is kept: nothing to wait for.
+            tenure.tell("join", Join(self.job), now)
+        else:
+            self.leave(now, failed=True, reason=reason)
+
+    def recalled(self, hot: Held | None) -> None:
+        """A state is kept outside the workers: a new worker of ours could hold it."""
+        part = self._tenure.part
+        if hot is None or part.held.has_state:
+            return
+        if hot.round >= self.committed.base_round:
+            part.held = hot
 
     # -- messages
 

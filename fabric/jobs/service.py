@@ -40,14 +40,17 @@ from fabric.jobs.event_log import (
 from fabric.jobs.job_service import METHOD, JobTask
 from fabric.jobs.messages import (
     CODEC,
-    Commit,
-    JobMessage,
     Nack,
-    Propose,
     Setting,
-    Standing,
+    job_of,
 )
-from fabric.jobs.ports import JobStore, MemberFacts, Members, OnCheckpoint
+from fabric.jobs.ports import (
+    HotStates,
+    JobStore,
+    MemberFacts,
+    Members,
+    OnCheckpoint,
+)
 from fabric.jobs.promises import RECORD
 from fabric.jobs.retirement_service import is_known_over, keep_retiring
 from fabric.jobs.runner import RunnerFactory
@@ -71,20 +74,6 @@ def _broke(peer: PeerId) -> Callable[[Seat, float], None]:
     return lambda seat, now: seat.connection_broke(peer, now)
 
 
-def job_of(message: JobMessage) -> JobId:
-    """Return the job that ``message`` is about.
-
-    Raises:
-        RemoteProtocolError: it is an answer, which names none.
-    """
-    if isinstance(message, Propose | Commit):
-        return message.generation.job
-    found = getattr(message, "job", None)
-    if found is None or isinstance(message, Standing):
-        raise RemoteProtocolError(f"{type(message).__name__} names no job")
-    return JobId(found)
-
-
 class JobsService:
     """All jobs of one daemon.
 
@@ -97,6 +86,7 @@ class JobsService:
         members: Who is in the mesh.
         scratch_root: Parent of each job's scratch directory.
         on_checkpoint: Takes a finished checkpoint.
+        hot: States that outlive workers; None: nobody keeps any.
         counters: Where faults are counted.
         clock: Seconds since 1970, for event times.
     """
@@ -112,13 +102,14 @@ class JobsService:
         members: Members,
         scratch_root: Path,
         on_checkpoint: OnCheckpoint,
+        hot: HotStates | None = None,
         counters: Counters,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._signer, self._rpc = config, signer, rpc
         self._store, self._runners, self._members = store, runners, members
         self._scratch_root, self._on_checkpoint = scratch_root, on_checkpoint
-        self._counters, self._clock = counters, clock
+        self._counters, self._clock, self._hot = counters, clock, hot
         self._me = signer.peer_id
         self._tasks: dict[JobId, JobTask] = {}
         self._left: set[JobId] = set()
@@ -204,6 +195,7 @@ class JobsService:
             store=self._store,
             scratch=scratch,
             on_checkpoint=self._on_checkpoint,
+            hot=self._hot,
             config=self._config,
             wall_clock=self._clock,
             counters=self._counters,
@@ -339,6 +331,11 @@ class JobsService:
                 continue
             views.append(view_of_status(job, spec, status))
         return views
+
+    def seat(self, job: JobId) -> Seat | None:
+        """Return our seat in a job that is not over, to be read."""
+        task = self._tasks.get(job)
+        return None if task is None or task.ended else task.seat
 
     def num_running(self) -> int:
         """Return in how many running jobs this peer takes part."""

@@ -22,6 +22,8 @@ from fabric.core.ids import JobId
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 
+MAX_PIECES = 32
+"""Pieces of one checkpoint: their roots stand in its head."""
 MAX_PEERS = 256
 """Participants that one coordinator serves."""
 
@@ -104,10 +106,35 @@ class FaultSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The one knob: every deadline of the job derives from it and measured times."""
 
 
+class CheckpointSpec(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What is kept of a training job, where, and for how long."""
+
+    every_rounds: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    """Rounds between two checkpoints; the end of the job is always one. 0: no other."""
+    hot_every_rounds: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 1
+    """Rounds between two states kept in memory outside the workers; 0: none."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    """Peers that hold each checkpoint."""
+    keep: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 3
+    """As many of the newest checkpoints stay; 0: all."""
+    erasure: Annotated[
+        str, msgspec.Meta(pattern=r"^([1-9][0-9]?\+[1-9][0-9]?)?$", max_length=5)
+    ] = ""
+    """"k+m": k pieces and m more, any k of which restore a checkpoint. Empty: none."""
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """Return (k, m) of :attr:`erasure`; (0, 0) without."""
+        data, _, extra = self.erasure.partition("+")
+        return int(data or 0), int(extra or 0)
+
+
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a peer must know to take part.
 
-    ``submitter`` and ``nonce`` are filled in by the submitting daemon.
+    The submitting daemon fills in ``submitter``, ``nonce`` and ``resume_round``.
     """
 
     version: Literal[1] = 1
@@ -119,6 +146,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     serve: ServeSpec = ServeSpec()
     require: RequireSpec = RequireSpec()
     fault: FaultSpec = FaultSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    resume: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    """Content root of the checkpoint to go on from; empty: from the seed."""
+    resume_round: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    """The round that checkpoint starts; read from it by the submitting daemon."""
     submitter: Annotated[str, msgspec.Meta(max_length=64)] = ""
     nonce: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
@@ -216,6 +248,7 @@ def _rules(spec: JobSpec) -> Iterator[tuple[bool, str, str]]:
         f"require.max_peers {require.max_peers} > {MAX_PEERS}",
         "split the run, or wait for hierarchical coordinators",
     )
+    yield from _checkpoint_rules(spec)
     serve = spec.kind == "serve"
     yield (
         serve and not spec.serve.checkpoint,
@@ -226,6 +259,27 @@ def _rules(spec: JobSpec) -> Iterator[tuple[bool, str, str]]:
         serve and spec.serve.stages > require.max_peers,
         f"serve.stages {spec.serve.stages} > require.max_peers {require.max_peers}",
         "each stage is a peer: raise require.max_peers",
+    )
+
+
+def _checkpoint_rules(spec: JobSpec) -> Iterator[tuple[bool, str, str]]:
+    rounds = spec.train.outer.rounds
+    yield (
+        bool(spec.resume) and spec.kind != "train",
+        f"a {spec.kind} job cannot resume",
+        "name the checkpoint as serve.checkpoint",
+    )
+    yield (
+        spec.resume_round >= rounds,
+        f"the checkpoint is of round {spec.resume_round}, the job ends at {rounds}",
+        "raise train.outer.rounds: it counts from the first round of all",
+    )
+    data, extra = spec.checkpoint.pieces
+    yield (
+        data + extra > MAX_PIECES,
+        f"checkpoint.erasure {spec.checkpoint.erasure} makes more than {MAX_PIECES} "
+        "pieces",
+        "choose fewer",
     )
 
 

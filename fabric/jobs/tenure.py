@@ -142,7 +142,7 @@ class Tenure:
     def save_refused(self, peer: PeerId, save: Save) -> None:
         """``peer`` does not write the checkpoint."""
         if self.chair is not None and save.counter == self.committed.counter:
-            self.chair.save_refused(peer)
+            self.chair.save_refused(peer, save.round)
 
     # -- generations
 
@@ -268,6 +268,7 @@ class Tenure:
             avoid_coordinator=self.me not in wanted,
             depose=self.committed.coordinator == self.me,
             settings=self.part.settings,
+            first_round=self.spec.resume_round,
         )
         promised = self.acceptor.promised
         self.succession.start(self.committed, wish, promised, now)

@@ -106,7 +106,7 @@ def test_links_and_empty_directories_are_refused(store, tmp_path):
         store.add_directory(source)
     with pytest.raises(ConfigError):
         store.add_file(source)
-    assert store.used_bytes() == 0
+    assert store.room.used() == 0
 
 
 def test_damage_on_disk_is_found(store, tmp_path):
@@ -192,7 +192,7 @@ def test_the_stores_own_bound_is_refused_before_anything_is_written(tmp_path):
     root, _ = encode_manifest(manifest_of(THREE))
     with pytest.raises(ResourceExhausted):
         store.open_partial(root, manifest_of(THREE))
-    assert store.used_bytes() == 0
+    assert store.room.used() == 0
     assert store.ls() == []
     store.add_bytes(b"small")
 
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing_behind(store, tmp_path, monkeypatch, call):
     monkeypatch.undo()
     files = [p for p in (tmp_path / "store").rglob("*") if p.is_file()]
     assert files == []
-    assert store.used_bytes() == 0
+    assert store.room.used() == 0
 
 
 def test_a_full_disk_while_receiving_keeps_the_verified_blocks(store, monkeypatch):
@@ -249,7 +249,7 @@ def test_gc_spares_pins_and_open_parts_and_takes_the_oldest_first(store, tmp_pat
     store.release(partial)
     store.unpin(roots[1])
     assert set(store.gc()) == {roots[1], partial.root}
-    assert store.used_bytes() == 0
+    assert store.room.used() == 0
     assert store.ls() == []
     with pytest.raises(Unavailable) as missing:
         store.pin(roots[1])

@@ -61,7 +61,7 @@ async def test_the_rest_comes_later_and_what_is_here_is_not_asked_again(held, tm
     with trio.fail_after(10):
         async with leech.content.partly(root, [seed.own]) as part:
             await part.need([(0, 2 * BLOCK_BYTES)])
-        assert leech.blobs.used_bytes() == 2 * BLOCK_BYTES
+        assert leech.blobs.room.used() == 2 * BLOCK_BYTES
         await leech.content.fetch(root, [seed.own])
     assert received(leech) == sum(FILES.values())
     leech.blobs.export(root, tmp_path / "all")

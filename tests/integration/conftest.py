@@ -52,8 +52,8 @@ def mesh():
 def form(mesh):
     """Return a function that starts peers, makes them one mesh and returns a token."""
 
-    def form(*names):
-        mesh.start_all(names, SETTINGS)
+    def form(*names, settings=SETTINGS):
+        mesh.start_all(names, settings)
         mesh.create_mesh(names[0], "lab")
         token = mesh.client(names[0]).invite(uses=9)
         for name in names[1:]:

@@ -220,7 +220,7 @@ class Net(Runners):
                 sums.decision = effect.decision
             case SaveState():
                 root = hex_digest(sums.states[effect.round].encode())
-                self.later(0.1, lambda: self.saved(peer, root))
+                self.later(0.1, lambda: self.saved(peer, effect.round, root))
             case Recorded():
                 self.log.append((self.now, peer, effect))
             case Diverged():
@@ -242,9 +242,9 @@ class Net(Runners):
 
         return tell
 
-    def saved(self, peer: PeerId, root: str) -> None:
+    def saved(self, peer: PeerId, at: int, root: str) -> None:
         if peer in self.seats:
-            self.seats[peer].saved(root, "", self.now)
+            self.seats[peer].saved(at, root, "", self.now)
             self.pump(peer)
 
     # -- time

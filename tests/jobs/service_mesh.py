@@ -51,8 +51,9 @@ class SumRunner:
     async def decide(self, decision):
         self.decision = decision
 
-    async def save(self, directory: Path):
-        write_state(directory, self.states[self.rounds])
+    async def save(self, directory: Path, at: int):
+        self.world.saved.append((self.me, at))
+        write_state(directory, self.states[at])
         await self.send.send(RunnerProgress({CHECKPOINT_FACT: str(directory)}))
 
     async def next_event(self):
@@ -180,7 +181,7 @@ class Mesh:
         for rpc in self.world.rpcs.values():
             rpc.break_connection(me)
 
-    async def on_checkpoint(self, job, directory, round):
+    async def on_checkpoint(self, job, spec, directory, round):
         root = hex_digest((directory / "state").read_bytes())
         self.world.checkpoints[root] = round
         return root

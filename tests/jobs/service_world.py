@@ -25,6 +25,7 @@ class World:
         self.changed = trio.Event()
         self.runners = {}
         self.checkpoints = {}
+        self.saved = []
         self.speed = 1.0
         self.left = Left(1.0, 1.0, 1.0)
 

@@ -241,10 +241,10 @@ async def test_two_runners_train_through_the_end_and_one_saves(mesh):
     assert results[0]["parameter_digest"] == results[1]["parameter_digest"]
     assert mesh.network.opened == 2
     directory = mesh.root / a.peer[-8:] / "checkpoints"
-    await a.runner.save(directory)
+    await a.runner.save(directory, 3)
     await mesh.until(lambda: facts(a, CHECKPOINT_FACT))
     assert (Path(facts(a, CHECKPOINT_FACT)[0]) / "manifest.json").is_file()
-    await a.runner.save(directory)  # the step exists: said, and nothing is lost
+    await a.runner.save(directory, 3)  # the step exists: said, and nothing is lost
     await mesh.until(lambda: facts(a, "checkpoint_failed"))
     assert max(facts(a, f"{LINK_FACT}{b.peer}")) > 30_000
 
@@ -303,7 +303,7 @@ async def test_a_spec_the_worker_refuses_fails_once_with_its_reason(mesh):
     await mesh.until(lambda: of(node, RunnerFailed))
     assert of(node, RunnerFailed)[0].code == "E_DATA_SOURCE"
     await mesh.apply([node])  # and a later generation neither blocks nor starts it
-    await node.runner.save(mesh.root)
+    await node.runner.save(mesh.root, 0)
 
 
 def test_events_become_what_the_jobs_service_knows():

@@ -46,7 +46,7 @@ async def test_three_workers_end_with_equal_states_and_save(cluster, spec, tmp_p
 
     saver = workers[0]
     directory = cluster.root / saver.peer[-8:] / "checkpoints"
-    await cluster.tell(saver, SaveCheckpoint(str(directory)))
+    await cluster.tell(saver, SaveCheckpoint(str(directory), 3))
     await cluster.until(lambda: saver.of(Saved))
     saved = saver.of(Saved)[0]
     assert saved.round == 3

@@ -35,22 +35,22 @@ from training.messages import (
     Finished,
     Held,
     LinkMoved,
+    LoadHot,
     Numbers,
     RoundReported,
     SaveCheckpoint,
-    Saved,
-    SaveFailed,
     StateBlock,
     StateBlockRequest,
     StateList,
     StateListRequest,
     Stop,
+    WriteHot,
     max_exchange_payload,
 )
 from training.worker.exchange import Exchange, Lost, Opened, Received
 from training.worker.inbox import Commanded, DaemonGone, Inbox, InboxItem
+from training.worker.kept import KeptStates
 from training.worker.rounds import Piece, Rounds
-from training.worker.save import save_checkpoint
 from training.worker.states import StateExchange
 from training.worker.trainer import Trainer
 
@@ -82,7 +82,9 @@ class Participant:
         self._key_pem = key_pem
         self._credentials: dict[bytes, Credentials] = {}
         self._patience = configure.spec.fault.patience_seconds
-        self._trainer = Trainer(configure.spec, configure.peer)
+        resume = Path(configure.resume) if configure.resume else None
+        self._trainer = Trainer(configure.spec, configure.peer, resume)
+        self._kept = KeptStates(configure.spec, self._trainer, tell)
         self._rounds = Rounds(
             configure.job, self._me, configure.spec.train.outer.rounds
         )
@@ -165,8 +167,12 @@ class Participant:
                 self._connect(command, fds)
             case Decide(decision):
                 self._rounds.decide(decision)
-            case SaveCheckpoint(directory):
-                self._save(Path(directory))
+            case SaveCheckpoint(directory, at):
+                self._kept.save(Path(directory), at)
+            case WriteHot(digest):
+                self._kept.write_hot(digest, fds[0])
+            case LoadHot(at, digest):
+                self._kept.load_hot(at, digest, fds[0])
             case Stop():
                 self._stopped = True
             case Configure():
@@ -197,12 +203,18 @@ class Participant:
     def _get_state(self, generation: Generation) -> None:
         digest = generation.state_digest
         self._trainer.steer(generation.settings)  # those who hold the state know them
-        if generation.base_round == 0 and not digest:
-            self._hold(0, self._trainer.hold_initial())
+        if generation.base_round == self._trainer.first_round and not digest:
+            self._start_fresh(generation.base_round)
         elif self._trainer.hold_kept(digest):
             self._hold(generation.base_round, digest)
         else:
             self._states.begin(generation)
+
+    def _start_fresh(self, first_round: int) -> None:
+        if self._spec.resume:
+            digest = self._trainer.initial_digest()
+            self._tell(Numbers({"resumed_round": first_round, "resumed_state": digest}))
+        self._hold(first_round, self._trainer.hold_initial())
 
     def _connect(self, connect: Connect, fds: tuple[int, ...]) -> None:
         sock = socket.socket(fileno=fds[0])
@@ -357,15 +369,3 @@ class Participant:
         for peer, moved in self._exchange.link_bytes().items():
             path = self._exchange.path(peer)
             self._tell(LinkMoved(peer, path, moved.sent, moved.received))
-
-    def _save(self, directory: Path) -> None:
-        state = self._trainer.state
-        try:
-            if state is None:
-                raise Unavailable("no state to save yet", code="E_NO_STATE")
-            saved = save_checkpoint(directory, self._spec, self._trainer.engine, state)
-        except (FabricError, OSError) as exc:
-            code = exc.code if isinstance(exc, FabricError) else "E_DISK"
-            self._tell(SaveFailed(str(directory), code, str(exc)[:500]))
-            return
-        self._tell(Saved(saved.path, saved.root, state.round, saved.size_bytes))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fabric.core.digest import BLOCK_BYTES, hex_digest
+from fabric.core.errors import IntegrityError
 from fabric.jobs.messages import Setting
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.steering import steer
@@ -26,6 +28,7 @@ from training.worker.outer import (
     weighted_mean,
 )
 from training.worker.quantise import check_payload, payload_bytes
+from training.worker.resume import resumed_state
 from training.worker.rounds import Payload, Piece, StepReady
 
 VALIDATION_WINDOWS = 32
@@ -62,9 +65,10 @@ class Trainer:
     Args:
         spec: The job's.
         peer: Names this peer's share of the data order.
+        resume: Directory of the checkpoint to go on from, if the spec names one.
     """
 
-    def __init__(self, spec: JobSpec, peer: str) -> None:
+    def __init__(self, spec: JobSpec, peer: str, resume: Path | None = None) -> None:
         self._given = self._spec = spec
         self._outer = spec.train.outer
         self._peer = peer
@@ -73,7 +77,11 @@ class Trainer:
         self._window_bytes = spec.model.context_tokens + 1
         self._validation = validation_windows(self._corpus, self._window_bytes)
         numel = self.engine.flat.numel()
-        self._fresh = initial_state(self.engine.flat)
+        self._fresh = (
+            initial_state(self.engine.flat)
+            if resume is None
+            else resumed_state(resume, spec.resume_round, self.engine)
+        )
         self.state: OuterState | None = None
         self._states: dict[str, OuterState] = {}
         self._served: dict[str, ServedState] = {}
@@ -102,14 +110,40 @@ class Trainer:
         """Speed of this round's inner steps, waiting left out."""
         return self.round_tokens / self._seconds if self._seconds else 0.0
 
+    @property
+    def first_round(self) -> int:
+        """The round that the initial state starts."""
+        return self._fresh.round
+
+    def initial_digest(self) -> str:
+        """Return the digest of the initial state, for people."""
+        return state_digest(state_blocks(self._fresh.to_bytes()))
+
     def hold_initial(self) -> str:
-        """Start from the seed's weights; return the state's name, which is empty."""
+        """Start from the initial state; return its name, which is empty."""
         self._hold(self._fresh)
         return ""
 
     def hold_received(self, round_number: int, data: bytearray) -> str:
         """Start from a state that was fetched; return its name."""
         return self._hold(state_from_bytes(round_number, data))
+
+    def keep(self, round_number: int, name: str, data: bytearray) -> None:
+        """Keep a state without starting from it.
+
+        Raises:
+            IntegrityError: ``data`` is not the state that ``name`` stands for.
+        """
+        blocks = state_blocks(memoryview(data))
+        if len(data) != self.state_bytes or state_digest(blocks) != name:
+            raise IntegrityError(f"state {name[:12]} is not what was kept under it")
+        state = state_from_bytes(round_number, data)
+        self._keep(name, state, ServedState(memoryview(data), blocks))
+
+    def state_of(self, round_number: int) -> OuterState | None:
+        """Return the start state of a round, if it is still kept."""
+        known = [self.state, self._fresh, *self._states.values()]
+        return next((s for s in known if s and s.round == round_number), None)
 
     def hold_kept(self, name: str) -> bool:
         """Go back to a state that is still kept; return whether there is one."""
@@ -203,9 +237,12 @@ class Trainer:
         data = state.to_bytes()
         blocks = state_blocks(data)
         name = state_digest(blocks)
+        self._keep(name, state, ServedState(data, blocks))
+        return name
+
+    def _keep(self, name: str, state: OuterState, served: ServedState) -> None:
         self._states[name] = state
-        self._served[name] = ServedState(data, blocks)
+        self._served[name] = served
         while len(self._states) > KEPT_STATES:
             oldest = min(self._states, key=lambda kept: self._states[kept].round)
             del self._states[oldest], self._served[oldest]
-        return name

@@ -1,0 +1,130 @@
+"""Checkpoints in one mesh: publishing, copies, states in memory, resuming."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+from checkpoints.mesh.replication_service import Replication, ReplicationPorts
+from crdt_store.service import Store
+from dht.blobs import BlobStore
+from dht.service import ContentService
+from fabric.app.checkpoint_flow import CheckpointFlow, content_root
+from fabric.app.config import NodeConfig
+from fabric.app.domains import member_domains
+from fabric.app.home import Home
+from fabric.core.digest import hex_digest
+from fabric.core.errors import RemoteProtocolError
+from fabric.core.ids import JobId
+from fabric.core.signing import Signer
+from fabric.core.telemetry import Counters
+from fabric.jobs.seat import Seat
+from fabric.jobs.service import JobsService
+from fabric.jobs.spec import CODEC, JobSpec
+from fabric.net.paths_api import BulkPaths
+from fabric.net.rpc_api import Rpc
+from training.hot_service import HotPorts, HotService
+from training.hot_store import HotStore
+
+SHARED_MEMORY = Path("/dev/shm")
+"""A file system in memory: its files outlive processes, not the machine."""
+
+
+def hot_folder(home: Home) -> Path:
+    """Return where this peer keeps states; on disk where there is no shared memory."""
+    name = hex_digest(os.fsencode(home.data))[:16]
+    if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
+        return SHARED_MEMORY / f"fabric-{os.getuid()}-{name}"
+    return home.state / "hot"
+
+
+def roots_in_use(store: Store) -> frozenset[str]:
+    """Return the checkpoints that jobs which are not over serve or resume from."""
+    found: set[str] = set()
+    for row in store.jobs.all().values():
+        if row.spec is None or (row.status is not None and row.status.final):
+            continue
+        try:
+            spec = CODEC.decode_untrusted(row.spec)
+        except RemoteProtocolError:
+            continue
+        found |= {spec.resume, spec.serve.checkpoint.removeprefix("blob:")}
+    return frozenset(found - {""})
+
+
+@dataclass
+class Checkpoints:
+    """The services about checkpoints of one session."""
+
+    flow: CheckpointFlow
+    replication: Replication
+    hot: HotService
+    jobs: JobsService | None = None
+
+    async def submit(self, spec: JobSpec) -> JobId:
+        """Submit a job; one that resumes must fit its checkpoint.
+
+        Raises:
+            ConfigError: it does not fit, or the spec breaks a rule.
+            Unavailable: nobody reachable holds the checkpoint.
+        """
+        assert self.jobs is not None
+        if spec.resume:
+            spec = msgspec.structs.replace(spec, resume=content_root(spec.resume))
+            first = await self.flow.first_round(spec)
+            spec = msgspec.structs.replace(spec, resume_round=first)
+        return await self.jobs.submit(spec)
+
+    def seat(self, job: JobId) -> Seat | None:
+        """Return this peer's seat in a job that is not over."""
+        return self.jobs.seat(job) if self.jobs is not None else None
+
+    def spec_of(self, job: JobId) -> JobSpec | None:
+        """Return the spec of a job that is not over."""
+        seat = self.seat(job)
+        return None if seat is None else seat.spec
+
+    def works(self, job: JobId) -> bool:
+        """Return whether a worker here holds a state of ``job``."""
+        seat = self.seat(job)
+        return seat is not None and seat.holds_state
+
+
+async def make_checkpoints(
+    home: Home,
+    config: NodeConfig,
+    signer: Signer,
+    store: Store,
+    blobs: BlobStore,
+    content: ContentService,
+    rpc: Rpc,
+    bulk: BulkPaths,
+    counters: Counters,
+) -> Checkpoints:
+    """Return the services; the jobs service is set when it exists, then they run."""
+    own = signer.peer_id
+    domains = partial(member_domains, store, own)
+    in_use: Callable[[], frozenset[str]] = partial(roots_in_use, store)
+    ports = ReplicationPorts(rpc, store.heads, blobs, content, domains, in_use)
+    replication = Replication(config.replication, own, ports, counters)
+    folder = home.state / "checkpoints"
+    flow = CheckpointFlow(own, store, blobs, content, replication, folder)
+    kept = await trio.to_thread.run_sync(
+        HotStore, hot_folder(home), config.train.hot_memory_bytes
+    )
+    made: list[Checkpoints] = []
+    hot_ports = HotPorts(
+        rpc,
+        bulk,
+        domains,
+        spec_of=lambda job: made[0].spec_of(job),
+        works=lambda job: made[0].works(job),
+    )
+    made.append(Checkpoints(flow, replication, HotService(signer, kept, hot_ports)))
+    return made[0]
