@@ -62,7 +62,7 @@ class ModelNumbers:
         at = 0
         while at < len(term):
             match = _FACTOR.match(term, at)
-            if match is None:
+            if match is None or (at > 0) != bool(match.group(1)):
                 raise _bad(f"formula {term!r}")
             number = self._number(match.group(2), depth)
             if match.group(1) != "/":

@@ -49,6 +49,10 @@ class Pattern:
         found = self._regex.fullmatch(name)
         return found.groupdict() if found else None
 
+    def fits(self, name: str) -> bool:
+        """Return whether some values make this ``name``."""
+        return self._regex.fullmatch(name) is not None
+
     def name(self, values: Mapping[str, str]) -> str:
         """Return the name with these values."""
         return re.sub(r"\{(\w)\}", lambda hole: values[hole.group(1)], self.text)
@@ -89,7 +93,6 @@ class NameMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts_form: str
     whole_form: str
     rules: list[Rule]
-    include: list[str] = []
     numbers: dict[str, str] = {}
     complete: bool = False
     ignore: list[IgnoreRule] = []
@@ -110,8 +113,8 @@ class NameMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts, wholes = set(), set()
         rules = [(r.part_patterns(), r.whole_patterns()) for r in self.rules]
         for name in names:
-            in_parts = any(p.match(name) for side, _ in rules for p in side)
-            in_whole = any(p.match(name) for _, side in rules for p in side)
+            in_parts = any(p.fits(name) for side, _ in rules for p in side)
+            in_whole = any(p.fits(name) for _, side in rules for p in side)
             if in_parts and not in_whole:
                 parts.add(name)
             elif in_whole and not in_parts:
@@ -175,25 +178,29 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             return file.read(MAX_MAP_BYTES).decode()
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: {exc}", code="E_MAP") from exc
+        raise ConfigError(
+            f"{path}: {exc}", code="E_MAP", next_step="check the path of --map"
+        ) from exc
 
 
 def _parse(text: str, name: str) -> NameMap:
-    """Return the map of a file, with the rules of those it includes before its own."""
+    """Return the map of a file.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
     try:
         parsed = msgspec.convert(tomllib.loads(text), NameMap)
         for rule in parsed.rules:
             _check_rule(rule)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, KeyError) as exc:
-        raise ConfigError(f"name map {name}: {exc}", code="E_MAP") from exc
-    rules: list[Rule] = []
-    numbers: dict[str, str] = {}
-    for other in parsed.include:
-        rules += load_map(other).rules
-        numbers |= load_map(other).numbers
-    return msgspec.structs.replace(
-        parsed, rules=[*rules, *parsed.rules], numbers=numbers | parsed.numbers
-    )
+        raise ConfigError(
+            f"name map {name}: {exc}",
+            code="E_MAP",
+            next_step="those in checkpoints/maps are examples; their package's "
+            "docstring has the grammar",
+        ) from exc
+    return parsed
 
 
 def _check_rule(rule: Rule) -> None:
