@@ -224,7 +224,7 @@ def _fragments(
         name: [Fragment(order[rank], start, numel) for rank, start, numel in each]
         for name, each in local.items()
     }
-    if first.stage != 3 and not _is_shuffled(first):
+    if first.stage != 3 and not is_shuffled(first.loaded.tree):
         _check_mapping(ranks, index, found)
     return found
 
@@ -239,13 +239,13 @@ def _paddings(loaded: Loaded, gaps: object, count: int) -> list[int]:
     return gaps
 
 
-def _is_shuffled(rank: RankState) -> bool:
+def is_shuffled(tree: Tree) -> bool:
     """Return whether the slice mappings are those of an order that was not used.
 
     With ``round_robin_gradients``, DeepSpeed lays parameters out in another order, the
     one of their shapes, and writes the slice mappings of the usual one.
     """
-    config = rank.loaded.tree.get("ds_config")
+    config = tree.get("ds_config")
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     return isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
 

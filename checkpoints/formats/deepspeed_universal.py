@@ -26,7 +26,12 @@ from checkpoints.formats.deepspeed_files import (
     model_files,
     resolve_tag,
 )
-from checkpoints.formats.deepspeed_groups import experts_per_rank, read_shapes, stage_of
+from checkpoints.formats.deepspeed_groups import (
+    experts_per_rank,
+    is_shuffled,
+    read_shapes,
+    stage_of,
+)
 from checkpoints.formats.deepspeed_layout import Shape
 from checkpoints.formats.deepspeed_model import Model, read_model
 from checkpoints.formats.deepspeed_optimizer import named_groups
@@ -106,6 +111,7 @@ def open_source(path: Path) -> Source:
         )
     models = {rank: load(tag, name) for rank, name in names.items()}
     optimizer = load(tag, OPTIMIZER_FILE)
+    _check_order(models[0], optimizer)
     groups = _groups(models[0])
     found = _read_parameters(tag, {} if cut else _merged(groups))
     _check_experts(models[0], found)
@@ -156,6 +162,24 @@ def _check_experts(loaded: Loaded, found: _Found) -> None:
     if layers and sorted(map(str, layers.values())) != sorted(map(str, known)):
         raise IntegrityError(
             f"states of {sum(layers.values())} experts of {str(known)[:60]}",
+            code="E_LAYOUT",
+            next_step="read the checkpoint that it was converted from",
+        )
+
+
+def _check_order(loaded: Loaded, optimizer: Loaded) -> None:
+    """Pass if it was not made by slice mappings of another order.
+
+    Raises:
+        IntegrityError: ds_to_universal made it of a checkpoint with
+            ``round_robin_gradients``: its tensors hold each other's elements.
+    """
+    parts = optimizer.tree.get("partition_count")  # copied there by ds_to_universal
+    several = isinstance(parts, list) and any(each != 1 for each in parts)
+    if several and is_shuffled(loaded.tree):
+        raise IntegrityError(
+            f"{loaded.file}: ds_to_universal made it of a checkpoint with "
+            "round_robin_gradients, and mixed its tensors up",
             code="E_LAYOUT",
             next_step="read the checkpoint that it was converted from",
         )

@@ -98,9 +98,10 @@ def differences(source, other):
     ]
 
 
-def named(name, rank):
+def named(name, rank, by_block=False):
     """The global name of what rank ``rank`` of an engine calls ``name``."""
-    first = LOCAL_EXPERTS * (rank % EXPERT_RANKS)
+    expert_rank = rank // EXPERT_RANKS if by_block else rank % EXPERT_RANKS
+    first = LOCAL_EXPERTS * expert_rank
     return global_expert(name, first) if EXPERTS in name else name
 
 
@@ -152,10 +153,15 @@ def saved(tmp_path_factory):
             save("aligned", 1, zero={"parameter_alignment": True}),
             save("m2", 2, moe=True),
         ]
-        four += [save("w2", 2), save("n2", 2, moe=True)]
+        by_block = {"config": {"use_data_before_expert_parallelism": True}}
+        four += [
+            save("w2", 2),
+            save("n2", 2, moe=True),
+            save("block", 1, moe=True, **by_block),
+        ]
     tools = [
         {"do": "tools", "directory": str(base / name)}
-        for name in ("z1", "z2", "z3", "b3", "w1", "w3")
+        for name in ("z1", "z2", "z3", "b3", "w1", "w3", "round")
     ]
     run_engines(
         base,
