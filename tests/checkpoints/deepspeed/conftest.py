@@ -43,7 +43,7 @@ def run_engines(directory, plan):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=540,
     )
     assert done.returncode == 0, done.stdout[-4000:]
 

@@ -198,7 +198,7 @@ def rank_main(run, rank, store):
             init_method=f"file://{store}",
             rank=rank,
             world_size=run["world"],
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=180),
             verbose=False,
         )
     for case in run["cases"]:
