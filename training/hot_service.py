@@ -59,8 +59,9 @@ from training.resumption import state_bytes
 log = logging.getLogger(__name__)
 
 COPIES = 2
-ASK_SECONDS = 3.0
+ASK_SECONDS = 5.0
 """Longest wait for what others keep, before a job goes on without."""
+RETRY_SECONDS = 0.3
 PULL_SECONDS = 300.0
 """Longest transfer of one state; a newer one replaces it soon after."""
 MAX_ASKED = 32
@@ -235,17 +236,21 @@ class HotService:
     async def _ask_all(
         self, job: JobId, participants: Sequence[PeerId]
     ) -> dict[PeerId, HotHeld]:
+        """Ask participants and other members until all answered or the time is up."""
         answers: dict[PeerId, HotHeld] = {}
-        others = sorted(self._ports.rpc.connected() - set(participants))
+        others = sorted(self._ports.domains().keys() - set(participants))
         order = [p for p in (*participants, *others) if p != self._own][:MAX_ASKED]
 
         async def ask(peer: PeerId) -> None:
-            try:
-                answer = await self._call(peer, METHOD_ASK, HotAsk(job))
-            except FabricError:
+            while True:  # we may have just started: connections come one by one
+                try:
+                    answer = await self._call(peer, METHOD_ASK, HotAsk(job))
+                except FabricError:
+                    await trio.sleep(RETRY_SECONDS)
+                    continue
+                if isinstance(answer, HotHeld):
+                    answers[peer] = answer
                 return
-            if isinstance(answer, HotHeld):
-                answers[peer] = answer
 
         with trio.move_on_after(ASK_SECONDS):
             async with trio.open_nursery() as nursery:

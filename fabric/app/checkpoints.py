@@ -44,18 +44,23 @@ def hot_folder(home: Home) -> Path:
     return home.state / "hot"
 
 
+def running_spec(store: Store, job: JobId) -> JobSpec | None:
+    """Return the spec of a job that is not over, as the mesh knows it."""
+    raw, status = store.jobs.spec(job), store.jobs.status(job)
+    if raw is None or (status is not None and status.final):
+        return None
+    try:
+        return CODEC.decode_untrusted(raw)
+    except RemoteProtocolError:
+        return None
+
+
 def roots_in_use(store: Store) -> frozenset[str]:
     """Return the checkpoints that jobs which are not over serve or resume from."""
-    found: set[str] = set()
-    for row in store.jobs.all().values():
-        if row.spec is None or (row.status is not None and row.status.final):
-            continue
-        try:
-            spec = CODEC.decode_untrusted(row.spec)
-        except RemoteProtocolError:
-            continue
-        found |= {spec.resume, spec.serve.checkpoint.removeprefix("blob:")}
-    return frozenset(found - {""})
+    specs = (running_spec(store, job) for job in store.jobs.all())
+    found = [(s.resume, s.serve.checkpoint) for s in specs if s is not None]
+    named = {root.removeprefix("blob:") for roots in found for root in roots}
+    return frozenset(named - {""})
 
 
 @dataclass
@@ -84,11 +89,6 @@ class Checkpoints:
     def seat(self, job: JobId) -> Seat | None:
         """Return this peer's seat in a job that is not over."""
         return self.jobs.seat(job) if self.jobs is not None else None
-
-    def spec_of(self, job: JobId) -> JobSpec | None:
-        """Return the spec of a job that is not over."""
-        seat = self.seat(job)
-        return None if seat is None else seat.spec
 
     def works(self, job: JobId) -> bool:
         """Return whether a worker here holds a state of ``job``."""
@@ -123,7 +123,7 @@ async def make_checkpoints(
         rpc,
         bulk,
         domains,
-        spec_of=lambda job: made[0].spec_of(job),
+        spec_of=partial(running_spec, store),
         works=lambda job: made[0].works(job),
     )
     made.append(Checkpoints(flow, replication, HotService(signer, kept, hot_ports)))

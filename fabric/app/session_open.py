@@ -67,11 +67,10 @@ from fabric.net.data_plane import DataPlane, open_data_plane
 from fabric.net.libp2p_dialback import DialBack
 from fabric.net.libp2p_host import Libp2pHost, open_host
 from fabric.net.libp2p_identify import identify
-from fabric.net.libp2p_kad import open_routing
+from fabric.net.libp2p_kad import Libp2pRouting, open_routing
 from fabric.net.libp2p_pubsub import open_broadcast
 from fabric.net.paths import WorkerPaths
 from fabric.net.ports import Broadcast
-from fabric.net.routing_api import ContentRouting
 from fabric.net.rpc import RpcService, open_rpc
 from fabric.net.tasks import collapse_group
 from inference.service import ServeService
@@ -154,7 +153,7 @@ class _Network:
 
     host: Libp2pHost
     broadcast: Broadcast
-    routing: ContentRouting
+    routing: Libp2pRouting
     plane: DataPlane
     rpc: RpcService
     bulk: BulkService
@@ -162,7 +161,7 @@ class _Network:
     def reach_through(self, connector: MemberConnector) -> None:
         """Connect with whoever is called, or offered a socket, and is not connected."""
         self.plane.set_opener(connector.open_stream)
-        self.rpc.meet = connector.reach
+        self.rpc.meet = self.routing.meet = connector.reach
 
 
 async def _open_network(

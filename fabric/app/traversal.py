@@ -148,6 +148,10 @@ class MeshKnowledge:
 
     def _learn(self, source: str, found: Mapping[PeerId, Sequence[str]]) -> None:
         known: Source = "mdns" if source == "mdns" else "rendezvous"
+        chosen = self._book.chosen
+        if chosen is not None:  # of a large mesh only those that we would dial
+            members = self._store.members.all().keys() - chosen
+            found = {peer: a for peer, a in found.items() if peer not in members}
         self._book.learn(found, source=known, wall=time.time())
 
 

@@ -77,9 +77,10 @@ class Coordinator:
 
     def join(self, peer: PeerId) -> None:
         """``peer`` asks to take part; a participant asking has lost its state."""
-        if peer in self.participants and not self.genesis:
+        returns = peer in self.participants
+        if returns and not self.genesis:
             self.broken.add(peer)
-        if len(self.joiners) < self._spec.require.max_peers:
+        if returns or len(self.joiners) < self._spec.require.max_peers:
             self.joiners[peer] = None
 
     def leave(self, peer: PeerId, *, failed: bool) -> None:

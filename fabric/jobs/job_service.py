@@ -252,10 +252,10 @@ class JobTask:
         self.seat.event(event, now, hot)
 
     async def _recall(self) -> None:
-        """After a restart: know what is kept of the state before anybody asks."""
+        """After a restart: get what is kept of the state before anybody asks."""
         if self._hot is not None and self.seat.resumed:
             participants = self.seat.committed.participants
-            self.seat.recalled(await self._hot.recall(self.seat.job, participants))
+            await self._hot.recall(self.seat.job, participants)
 
     def _take_question(self, asked: Asked, now: float) -> None:
         self._waiting.append(asked)
@@ -266,6 +266,8 @@ class JobTask:
 
     async def _turn(self, nursery: trio.Nursery) -> bool:
         """Poll, perform, answer, send; False when we can no longer keep promises."""
+        if self._hot is not None:
+            self.seat.recalled(self._hot.newest(self.seat.job))
         outputs = self.seat.poll(trio.current_time())
         try:
             for effect in outputs.effects:

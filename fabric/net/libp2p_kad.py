@@ -13,7 +13,7 @@ never mix with the public DHT: KadDHT is given a view of the host that renames i
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -53,9 +53,14 @@ MAX_PACED_PEERS = 4096
 
 
 class Libp2pRouting:
-    """A :class:`fabric.net.routing_api.ContentRouting`; see :func:`open_routing`."""
+    """A :class:`fabric.net.routing_api.ContentRouting`; see :func:`open_routing`.
+
+    Attributes:
+        meet: Awaited when a peer was dialled: brings it to serve us.
+    """
 
     def __init__(self, host: Libp2pHost, dht: KadDHT, config: RoutingConfig) -> None:
+        self.meet: Callable[[PeerId], Awaitable[None]] = _as_met
         self._host = host
         self._dht = dht
         self._config = config
@@ -138,6 +143,7 @@ class Libp2pRouting:
             with trio.fail_after(self._config.query_seconds):
                 if peer not in self._host.connected():
                     await self._host.connect(peer, walk.known[peer])
+                    await self.meet(peer)
                 answer = await self._exchange(walk.key, peer, announce=announce)
             providers = [_peer_of(record) for record in answer.providerPeers]
             for record in answer.closerPeers:
@@ -200,6 +206,11 @@ class Libp2pRouting:
         await self._dht.routing_table.add_peer(
             PeerInfo(ID.from_base58(peer), []), skip_server_mode_check=True
         )
+
+
+async def _as_met(peer: PeerId) -> None:
+    """Do nothing: for a host whose peers serve whoever is connected."""
+    await trio.lowlevel.checkpoint()
 
 
 class _KadView:
