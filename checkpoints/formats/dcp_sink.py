@@ -1,17 +1,22 @@
-"""Write torch distributed checkpoints, as one rank would have saved them.
+"""Write torch distributed checkpoints, as one rank would have saved them, or several.
 
-Each tensor is one chunk. Aliases (tied weights) are two names of one place, which torch
-reads as two tensors; torch itself would store them twice.
+Each tensor is one chunk, or as many as ranks share it. Aliases (tied weights) are two
+names of one place, which torch reads as two tensors; torch itself stores them twice.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from checkpoints.boxes import Box, whole
+from checkpoints.cuts import Cut
+from checkpoints.dtypes import tensor_bytes
 from checkpoints.formats import dcp_index as names
 from checkpoints.formats.dcp_index import METADATA_NAME, Place
 from checkpoints.formats.pickle_values import TORCH_NAMES, Global
@@ -34,23 +39,26 @@ from checkpoints.formats.torch_zip_writer import (
 )
 from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import FileEntry
-from fabric.core.errors import ConfigError
+from fabric.core.errors import ConfigError, LocalProtocolError
 
 VERSION = "1.0.0"
 
 
 class _Item(msgspec.Struct, frozen=True):
-    """An archive to be written, and what it holds."""
+    """An archive to be written: an object, or a rank's box of a tensor."""
 
     key: str
     tensor: OutTensor | None
     archive: NewArchive
+    box: Box = Box((), ())
+    rank: int = 0
 
 
 class DcpSink:
     """See :class:`checkpoints.formats.sink.Sink`."""
 
     format = "dcp"
+    takes_cut = True
 
     def plan(self, bundle: Bundle, options: SinkOptions) -> Plan:
         """Return what would be written.
@@ -59,7 +67,7 @@ class DcpSink:
             ConfigError: two things would get one flat name.
         """
         paths: dict[str, StatePath] = {}
-        items: dict[str, _Item] = {}  # by tensor's name or flat name
+        items: dict[str, list[_Item]] = {}  # by tensor's name or flat name
         where: dict[str, str] = {}
         found: dict[str, object] = {}
         for path, value in leaves(nested_state(bundle)):
@@ -76,8 +84,9 @@ class DcpSink:
             found[flat] = value
             where[flat] = value.name if isinstance(value, OutTensor) else f"\0{flat}"
             if where[flat] not in items:
-                items[where[flat]] = _item(where[flat], value)
-        files, places = _files(list(items.values()), options.max_shard_bytes)
+                items[where[flat]] = _items(where[flat], value, options.cut)
+        every = [item for several in items.values() for item in several]
+        files, places = _files(every, options.max_shard_bytes)
         index = pickled(_metadata(found, paths, where, places))
 
         def finish(directory: Path, _: Mapping[str, FileEntry]) -> None:
@@ -89,37 +98,56 @@ class DcpSink:
         return Plan(files, finish)
 
 
-def _item(key: str, value: object) -> _Item:
+def _items(key: str, value: object, cut: Cut | None) -> list[_Item]:
     if not isinstance(value, OutTensor):
         data = {} if isinstance(value, EmptyDict) else value
-        return _Item(key, None, NewArchive(data, ()))
-    ref = whole_tensor("0", value.dtype, value.shape, value.size_bytes)
-    entry = NewEntry("0", value.size_bytes, value.read)
-    return _Item(key, value, NewArchive(tensor_call(ref), [entry]))
+        return [_Item(key, None, NewArchive(data, ()))]
+    if cut is None:
+        return [_boxed(key, value, 0, whole(value.shape))]
+    shares = cut.shares(value.name, value.shape)
+    return [_boxed(key, value, rank, box) for rank, box in shares]
 
 
-def _files(
-    items: Sequence[_Item], max_bytes: int
-) -> tuple[list[PlannedFile], dict[str, Place]]:
-    """Put the items into files, in order; objects come first, as torch has them."""
-    groups: list[list[_Item]] = []
+def _boxed(key: str, tensor: OutTensor, rank: int, box: Box) -> _Item:
+    """Return the archive of a box of a tensor."""
+    size = tensor_bytes(tensor.dtype, box.sizes)
+    ref = whole_tensor("0", tensor.dtype, box.sizes, size)
+    read = tensor.read
+    if box != whole(tensor.shape):
+        if tensor.read_box is None:
+            raise LocalProtocolError(f"{tensor.name!r} cannot be read in boxes")
+        read = partial(tensor.read_box, box)
+    archive = NewArchive(tensor_call(ref), [NewEntry("0", size, read)])
+    return _Item(key, tensor, archive, box, rank)
+
+
+_Places = dict[str, list[tuple[Box, Place]]]
+"""Where the chunks of a tensor, or the one object, of each key are."""
+
+
+def _files(items: Sequence[_Item], max_bytes: int) -> tuple[list[PlannedFile], _Places]:
+    """Put the items into files of ranks; objects come first, as torch has them."""
+    groups: dict[int, list[list[_Item]]] = defaultdict(list)
     size = 0
-    for item in sorted(items, key=lambda each: each.tensor is not None):
-        if not groups or size + item.archive.size > max_bytes:
-            groups.append([])
+    for item in sorted(items, key=lambda each: (each.rank, each.tensor is not None)):
+        mine = groups[item.rank]
+        if not mine or size + item.archive.size > max_bytes:
+            mine.append([])
             size = 0
-        groups[-1].append(item)
+        mine[-1].append(item)
         size += item.archive.size
     files: list[PlannedFile] = []
-    places: dict[str, Place] = {}
-    for number, group in enumerate(groups):
-        name = f"__0_{number}.distcp"
-        at = 0
-        for item in group:
-            places[item.key] = Place(name, at, item.archive.size)
-            at += item.archive.size
-        tensors = tuple(item.tensor.name for item in group if item.tensor)
-        files.append(PlannedFile(name, tensors, at, _Chunks(group)))
+    places: _Places = defaultdict(list)
+    for rank, mine in groups.items():
+        for number, group in enumerate(mine):
+            name = f"__{rank}_{number}.distcp"
+            at = 0
+            for item in group:
+                place = Place(name, at, item.archive.size)
+                places[item.key].append((item.box, place))
+                at += item.archive.size
+            tensors = tuple(item.tensor.name for item in group if item.tensor)
+            files.append(PlannedFile(name, tensors, at, _Chunks(group)))
     return files, places
 
 
@@ -138,19 +166,21 @@ def _metadata(
     found: Mapping[str, object],
     paths: Mapping[str, StatePath],
     where: Mapping[str, str],
-    places: Mapping[str, Place],
+    places: _Places,
 ) -> Instance:
     return Instance(
         names.METADATA,
         {
             "state_dict_metadata": {
-                flat: _described(value) for flat, value in found.items()
+                flat: _described(value, [box for box, _ in places[where[flat]]])
+                for flat, value in found.items()
             },
             "planner_data": dict(paths),
             "storage_data": Pairs(
                 [
-                    (_index(flat, value), _stored(places[where[flat]]))
+                    (_index(flat, value, number, box), _stored(place))
                     for flat, value in found.items()
+                    for number, (box, place) in enumerate(places[where[flat]])
                 ]
             ),
             "storage_meta": Instance(
@@ -163,7 +193,7 @@ def _metadata(
     )
 
 
-def _described(value: object) -> Instance:
+def _described(value: object, boxes: Sequence[Box]) -> Instance:
     if not isinstance(value, OutTensor):
         return Instance(names.OBJECT, {})
     properties = Instance(
@@ -176,22 +206,26 @@ def _described(value: object) -> Instance:
             False,
         ),
     )
-    begin = (0,) * len(value.shape)
-    chunk = {"offsets": _size(begin), "sizes": _size(value.shape)}
+    chunks = [
+        Instance(
+            names.CHUNK, {"offsets": _size(box.offsets), "sizes": _size(box.sizes)}
+        )
+        for box in boxes
+    ]
     return Instance(
         names.TENSOR,
         {
             "properties": properties,
             "size": _size(value.shape),
-            "chunks": [Instance(names.CHUNK, chunk)],
+            "chunks": chunks,
         },
     )
 
 
-def _index(flat: str, value: object) -> Instance:
+def _index(flat: str, value: object, number: int, box: Box) -> Instance:
     state: dict[str, object] = {"fqn": flat, "index": None}
     if isinstance(value, OutTensor):
-        state |= {"index": 0, "offset": _size((0,) * len(value.shape))}
+        state |= {"index": number, "offset": _size(box.offsets)}
     return Instance(names.INDEX, state)
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,24 @@ def test_reshard_writes_files_per_rank(tmp_path, source, world, layout):
         files = {chunk.file for chunk in reader.entry("model/rows").chunks}
     assert files == {f"rank{rank}-0.safetensors" for rank in range(world)}
     assert content(tmp_path / "r") == content(source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "layout"), [(3, "fsdp"), (2, "tp")])
+def test_torch_loads_what_was_dealt_to_ranks(tmp_path, source, world, layout):
+    torch = pytest.importorskip("torch")
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    cut = Cut(layout, world, (("*rows", 1),))
+    run(source, tmp_path / "r", "dcp", cut=cut)
+    ranks = {path.name.split("_")[2] for path in (tmp_path / "r").glob("*.distcp")}
+    assert ranks == {str(rank) for rank in range(world)}
+    with open_source(tmp_path / "r") as opened:
+        assert len(opened.boxes("model/rows")) == world
+    found = {"model": {"rows": torch.zeros(512, 1024)}}
+    with warnings.catch_warnings(action="ignore"):  # it warns that it is one process
+        dcp.load(found, checkpoint_id=tmp_path / "r", no_dist=True)
+    wanted = content(source)["model/rows"][2]
+    assert found["model"]["rows"].numpy().tobytes() == wanted
 
 
 def test_a_step_joins_the_others(tmp_path, source):
