@@ -40,9 +40,9 @@ def measure(rounds: int) -> Iterator[Row]:
         time.process_time() - started,
     )
     started = time.process_time()
-    exponent, reports = traffic_exponent()
-    for size, found in zip(SIZES, reports, strict=True):
-        note(f"{size:5} idle peers: {found.bytes_per_peer_second:8.1f} B/s per peer")
+    exponent, rates = traffic_exponent()
+    for size, rate in zip(SIZES, rates, strict=True):
+        note(f"{size:5} idle peers: {rate:8.1f} B/s per peer")
     spent = time.process_time() - started
     yield _row("traffic_exponent", exponent, "", "the line", EXPONENT_LINE, spent)
     started = time.process_time()

@@ -14,7 +14,10 @@ from sims.simulate import Simulation
 
 SIZES = (50, 150, 500, 1500, 5000)
 RATES = (0.5, 1.0, 2.0, 4.0)
-_IDLE_SECONDS = 300.0
+_WARM_UP_SECONDS = 60.0
+"""Everybody reconciles with all its connections at first; then the mesh is idle."""
+_IDLE_SECONDS = 240.0
+"""Beyond the period of reconciliation of 5,000 peers, 150 s."""
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -33,25 +36,30 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
     return Line(mean_y - slope * mean_x, slope)
 
 
-def idle_report(peers: int, seconds: float = _IDLE_SECONDS, seed: int = 1) -> Report:
-    """Return a run of an idle mesh: no joins, no writes, liveness on."""
+def idle_rate(peers: int, seconds: float = _IDLE_SECONDS, seed: int = 1) -> float:
+    """Return the bytes/s that a peer sends when nobody joins, leaves or writes."""
     scenario = msgspec.structs.replace(
         load_scenario(Path("idle"), peers),
-        fault_seconds=seconds,
-        settle_seconds=1.0,
+        fault_seconds=_WARM_UP_SECONDS + seconds,
+        settle_seconds=0.0,
+        sample_seconds=_WARM_UP_SECONDS,
         churn=Churn(),
         writes=Writes(),
+        must_converge=False,
     )
-    return Simulation(scenario, seed, "idle").run()
+    simulation = Simulation(scenario, seed, "idle")
+    simulation.run()
+    steady = [s for s in simulation.samples if s.seconds > 1.5 * _WARM_UP_SECONDS]
+    return sum(sample.bytes_per_peer_second for sample in steady) / len(steady)
 
 
 def traffic_exponent(
     sizes: Sequence[int] = SIZES, seconds: float = _IDLE_SECONDS
-) -> tuple[float, list[Report]]:
-    """Return e where idle bytes per peer grow as peers ** e, and the runs."""
-    reports = [idle_report(size, seconds) for size in sizes]
-    rates = [math.log(report.bytes_per_peer_second) for report in reports]
-    return fit([math.log(size) for size in sizes], rates).slope, reports
+) -> tuple[float, list[float]]:
+    """Return e where idle bytes/s per peer grow as peers ** e, and those bytes/s."""
+    rates = [idle_rate(size, seconds) for size in sizes]
+    logs = [math.log(rate) for rate in rates]
+    return fit([math.log(size) for size in sizes], logs).slope, rates
 
 
 def write_cost(
