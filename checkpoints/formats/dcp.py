@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints.formats.dcp_files import Contents, read_contents
+from checkpoints.formats.dcp_files import read_contents
 from checkpoints.formats.dcp_index import METADATA_NAME, DcpIndex, read_index
 from checkpoints.formats.dcp_sink import DcpSink
-from checkpoints.formats.extent_source import ExtentSource, StoredTensor
-from checkpoints.formats.source import Ignored, Source
+from checkpoints.formats.source import Source
 from checkpoints.formats.state_leaves import Path as StatePath
-from checkpoints.formats.state_names import MODEL_KEYS, OPTIMIZER_KEYS, name_state
+from checkpoints.formats.state_names import MODEL_KEYS, OPTIMIZER_KEYS
+from checkpoints.formats.stored_state import build_source, found_leaves
 from fabric.core.errors import ConfigError
 
 _RANKS = "__*.metadata"
@@ -45,58 +45,9 @@ def open_source(path: Path) -> Source:
             "use_collectives=True",
         )
     index = read_index(path)
-    return source_of("dcp", path, path, index, read_contents(path, index))
-
-
-def source_of(
-    name: str, path: Path, base: Path, index: DcpIndex, contents: Contents
-) -> ExtentSource:
-    """Return a source under canonical names.
-
-    Args:
-        name: Of the format.
-        path: What the user named.
-        base: Directory of the files.
-        index: What there is.
-        contents: Where it lies.
-    """
-    paths = state_paths(index)
-    found: list[tuple[StatePath, object]] = [
-        (paths[flat], _Named(flat, tensor)) for flat, tensor in contents.tensors.items()
-    ]
-    for flat, leaves in contents.objects.items():
-        for inner, value in leaves:
-            where = (*paths[flat], *inner)
-            inside = _Named("", value) if isinstance(value, StoredTensor) else value
-            found.append((where, inside))
-    named = name_state(found, _Named)
-    names = {each.flat: name for name, each in named.tensors.items() if each.flat}
-    aliases = {names[flat]: names[of] for flat, of in contents.aliases.items()}
-    return ExtentSource(
-        name,
-        path,
-        base,
-        {
-            name: each.tensor
-            for name, each in named.tensors.items()
-            if name not in aliases
-        },
-        aliases=aliases,
-        state=named.state,
-        ignored=[
-            *named.ignored,
-            *(Ignored(flat, reason) for flat, reason in contents.unread.items()),
-        ],
-        checksums=contents.checksums,
-    )
-
-
-class _Named:
-    """A tensor that remembers its flat name."""
-
-    def __init__(self, flat: str, tensor: StoredTensor) -> None:
-        self.flat = flat
-        self.tensor = tensor
+    contents = read_contents(path, index)
+    found = found_leaves(state_paths(index), contents)
+    return build_source("dcp", path, path, found, [contents])
 
 
 def state_paths(index: DcpIndex) -> dict[str, StatePath]:

@@ -62,11 +62,11 @@ def read_contents(
     Raises:
         IntegrityError: files and index do not agree.
     """
-    items = _by_file(index)
+    items = places_by_file(index)
     contents = Contents({}, {}, {}, {}, [])
-    found: dict[Place, _Item] = {}
+    found: dict[Place, Item] = {}
     for file, places in items.items():
-        with _File(base, file, modules) as opened:
+        with DataFile(base, file, modules) as opened:
             for place in places:
                 found[place] = opened.item(place)
             opened.check_cover(places)
@@ -94,11 +94,12 @@ class _Blob(msgspec.Struct, frozen=True):
     offsets: Mapping[str, tuple[int, ...]]
 
 
-_Item = Archive | _Blob | IntegrityError
+Item = Archive | _Blob | IntegrityError
 """An object whose pickle is not read is an error that is only told."""
 
 
-def _by_file(index: DcpIndex) -> dict[str, list[Place]]:
+def places_by_file(index: DcpIndex) -> dict[str, list[Place]]:
+    """Return each file's places, in order."""
     result: dict[str, set[Place]] = defaultdict(set)
     for place in index.places():
         result[place.file].add(place)
@@ -108,7 +109,7 @@ def _by_file(index: DcpIndex) -> dict[str, list[Place]]:
     }
 
 
-class _File:
+class DataFile:
     """A data file, open."""
 
     def __init__(self, base: FilePath, file: str, modules: tuple[str, ...]) -> None:
@@ -120,21 +121,15 @@ class _File:
         self._size = status.st_size
         self.written = status.st_mtime
 
-    def __enter__(self) -> _File:
+    def __enter__(self) -> DataFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    def item(self, place: Place) -> _Item:
+    def item(self, place: Place) -> Item:
         """Return what lies at ``place``."""
-        if place.offset + place.length > self._size:
-            raise IntegrityError(
-                f"{self._file}: {self._size} B, but something is said to lie at "
-                f"{place.offset}..{place.offset + place.length}",
-                code="E_SIZE",
-                next_step=f"the file was cut, or {MIXED}",
-            )
+        self.check_inside(place)
         if self._blob is not None and place.offset == self._blob.begin:
             return self._blob
         span = Span(self._fd, self._file, place.offset, place.length)
@@ -148,6 +143,16 @@ class _File:
             if error.code == "E_PICKLE":
                 return error
             raise
+
+    def check_inside(self, place: Place) -> None:
+        """Pass if the file is long enough for ``place``."""
+        if place.offset + place.length > self._size:
+            raise IntegrityError(
+                f"{self._file}: {self._size} B, but something is said to lie at "
+                f"{place.offset}..{place.offset + place.length}",
+                code="E_SIZE",
+                next_step=f"the file was cut, or {MIXED}",
+            )
 
     def check_cover(self, places: Sequence[Place]) -> None:
         """Pass if the places follow each other and fill the file.
@@ -212,23 +217,27 @@ def _no_sharding(file: str) -> IntegrityError:
 
 
 def _add_objects(
-    index: DcpIndex, found: Mapping[Place, _Item], contents: Contents
+    index: DcpIndex, found: Mapping[Place, Item], contents: Contents
 ) -> None:
     for name, place in index.objects.items():
-        item = found[place]
-        if isinstance(item, IntegrityError):
-            contents.unread[name] = f"an object that is not data: {item.reason}"
-        elif isinstance(item, _Blob):
-            raise _mismatch(name, item.file, "tensors where an object belongs")
-        else:
-            contents.objects[name] = [
-                (path, item.stored(value) if isinstance(value, TensorRef) else value)
-                for path, value in leaves(item.value)
-            ]
+        add_object(name, found[place], contents)
+
+
+def add_object(name: str, item: Item, contents: Contents) -> None:
+    """Add an object, or why it is not read."""
+    if isinstance(item, IntegrityError):
+        contents.unread[name] = f"an object that is not data: {item.reason}"
+    elif isinstance(item, _Blob):
+        raise mismatch(name, item.file, "tensors where an object belongs")
+    else:
+        contents.objects[name] = [
+            (path, item.stored(value) if isinstance(value, TensorRef) else value)
+            for path, value in leaves(item.value)
+        ]
 
 
 def _add_tensors(
-    index: DcpIndex, found: Mapping[Place, _Item], contents: Contents
+    index: DcpIndex, found: Mapping[Place, Item], contents: Contents
 ) -> None:
     first: dict[tuple[IndexedTensor, str], str] = {}
     for name in sorted(index.tensors):
@@ -247,7 +256,7 @@ def _add_tensors(
 
 
 def _extents(
-    name: str, tensor: IndexedTensor, chunk: Chunk, item: _Item
+    name: str, tensor: IndexedTensor, chunk: Chunk, item: Item
 ) -> Sequence[Extent]:
     """Return where a chunk lies, in the whole tensor's coordinates."""
     if isinstance(item, IntegrityError):
@@ -256,10 +265,10 @@ def _extents(
         stored = _in_blob(name, chunk, item)
     else:
         if not isinstance(item.value, TensorRef):
-            raise _mismatch(name, item.file, "no tensor where one belongs")
+            raise mismatch(name, item.file, "no tensor where one belongs")
         stored = item.stored(item.value)
     if (stored.dtype, stored.shape) != (tensor.dtype, chunk.box.sizes):
-        raise _mismatch(
+        raise mismatch(
             name,
             chunk.place.file,
             f"{stored.dtype} {list(stored.shape)}, and {tensor.dtype} "
@@ -285,7 +294,8 @@ def _in_blob(name: str, chunk: Chunk, blob: _Blob) -> StoredTensor:
     return StoredTensor(entry.dtype, entry.shape, (Extent(box, blob.file, begin),))
 
 
-def _mismatch(name: str, file: str, reason: str) -> IntegrityError:
+def mismatch(name: str, file: str, reason: str) -> IntegrityError:
+    """Return the error of a file that is not what the index says."""
     return IntegrityError(
         f"{file}: {name[:80]!r}: {reason}", code="E_MIXED", next_step=MIXED
     )

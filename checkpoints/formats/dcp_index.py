@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
@@ -29,6 +28,23 @@ PROPERTIES = Global(_MODULE, "TensorProperties")
 STORAGE_META = Global(_MODULE, "StorageMeta")
 MEMORY_FORMAT = Global(_MODULE, "_MEM_FORMAT_ENCODING")
 STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+
+
+class Dialect(msgspec.Struct, frozen=True, kw_only=True):
+    """What the index of torch is called where other programs write it.
+
+    Attributes:
+        metadata: Classes of the index.
+        storage: Class of a place.
+        modules: Modules whose names it may use besides torch's.
+    """
+
+    metadata: tuple[Global, ...] = (METADATA,)
+    storage: Global = STORAGE_INFO
+    modules: tuple[str, ...] = ()
+
+
+TORCH = Dialect()
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -62,12 +78,14 @@ class DcpIndex(msgspec.Struct, frozen=True):
         objects: Everything else, by flat name.
         paths: Flat name -> path in the state that was saved; not for all writers.
         written: When the index was written, in seconds as files have it.
+        root: All fields of the index.
     """
 
     tensors: Mapping[str, IndexedTensor]
     objects: Mapping[str, Place]
     paths: Mapping[str, Path]
-    written: float = math.inf
+    written: float
+    root: Mapping[object, object]
 
     def places(self) -> Iterator[Place]:
         """Yield where everything is."""
@@ -87,7 +105,7 @@ def broken(reason: str, code: str = "E_INDEX") -> IntegrityError:
     )
 
 
-def read_index(directory: FilePath, *, modules: tuple[str, ...] = ()) -> DcpIndex:
+def read_index(directory: FilePath, dialect: Dialect = TORCH) -> DcpIndex:
     """Return the index in ``directory``.
 
     Raises:
@@ -96,10 +114,11 @@ def read_index(directory: FilePath, *, modules: tuple[str, ...] = ()) -> DcpInde
     with (directory / METADATA_NAME).open("rb") as file:
         data = file.read(LIMITS.max_bytes + 1)
         written = os.fstat(file.fileno()).st_mtime
-    return parse_index(unpickle_untrusted(data, modules=modules), written)
+    value = unpickle_untrusted(data, modules=dialect.modules)
+    return _parse_index(value, written, dialect)
 
 
-def parse_index(value: object, written: float = math.inf) -> DcpIndex:
+def _parse_index(value: object, written: float, dialect: Dialect) -> DcpIndex:
     """Return the index that a pickle, written then, was read into.
 
     Every chunk must have a place and every place a chunk: a checkpoint whose index
@@ -109,10 +128,10 @@ def parse_index(value: object, written: float = math.inf) -> DcpIndex:
         IntegrityError: it is none (``E_INDEX``), of a later version (``E_VERSION``), or
             misses chunks (``E_GAP``).
     """
-    root = _state(value, METADATA)
+    root = _state(value, *dialect.metadata)
     if root.get("version") not in VERSIONS:
         raise broken(f"version {str(root.get('version'))[:40]!r}", "E_VERSION")
-    places = _places(root.get("storage_data"))
+    places = _places(root.get("storage_data"), dialect)
     tensors: dict[str, IndexedTensor] = {}
     objects: dict[str, Place] = {}
     for name, entry in _items(root.get("state_dict_metadata")):
@@ -123,26 +142,32 @@ def parse_index(value: object, written: float = math.inf) -> DcpIndex:
     if places:
         name, _ = min(places, key=str)
         raise broken(f"{len(places)} places of nothing, such as of {name[:80]!r}")
-    return DcpIndex(tensors, objects, _paths(root.get("planner_data")), written)
+    paths = _paths(root.get("planner_data"))
+    return DcpIndex(tensors, objects, paths, written, root)
 
 
 _Places = dict[tuple[str, tuple[int, ...] | None], Place]
 
 
-def _places(value: object) -> _Places:
+def _places(value: object, dialect: Dialect) -> _Places:
     if not isinstance(value, dict):
         raise broken("no places")
     places: _Places = {}
     for key, info in value.items():
-        index = _state(key, INDEX)
-        name, offset = index.get("fqn"), index.get("offset")
-        if not isinstance(name, str):
-            raise broken("a place of no name")
-        at = None if offset is None else integers(offset)
+        name, at = index_key(key)
         if (name, at) in places:
             raise broken(f"{name[:80]!r} at {at} is stored twice", "E_OVERLAP")
-        places[name, at] = _place(_state(info, STORAGE_INFO))
+        places[name, at] = _place(_state(info, dialect.storage))
     return places
+
+
+def index_key(value: object) -> tuple[str, tuple[int, ...] | None]:
+    """Return name and offset that a ``MetadataIndex`` is."""
+    index = _state(value, INDEX)
+    name, offset = index.get("fqn"), index.get("offset")
+    if not isinstance(name, str):
+        raise broken("a place of no name")
+    return name, None if offset is None else integers(offset)
 
 
 def _place(info: Mapping[object, object]) -> Place:
@@ -216,12 +241,12 @@ def _items(value: object) -> Iterator[tuple[str, object]]:
         yield name, entry
 
 
-def _state(value: object, kind: Global) -> Mapping[object, object]:
-    """Return the attributes of a record of ``kind``; one without any has none."""
-    if not isinstance(value, Record) or value.kind != kind or value.args:
-        raise broken(f"no {kind.name} where one belongs")
+def _state(value: object, *kinds: Global) -> Mapping[object, object]:
+    """Return the attributes of a record of a kind; one without any has none."""
+    if not isinstance(value, Record) or value.kind not in kinds or value.args:
+        raise broken(f"no {kinds[0].name} where one belongs")
     if value.state is None:
         return {}
     if not isinstance(value.state, dict):
-        raise broken(f"a {kind.name} of something else")
+        raise broken(f"a {kinds[0].name} of something else")
     return value.state

@@ -37,6 +37,8 @@ FORMATS: Mapping[str, Format] = {
     "deepspeed-universal": Format(
         "DeepSpeed universal checkpoint", "deepspeed_universal", writable=True
     ),
+    "megatron": Format("Megatron-core checkpoint (torch_dist)", "megatron"),
+    "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint"),
     "dcp": Format("torch distributed checkpoint", "dcp", writable=True),
     "torch": Format("file of torch.save (.pt)", "torch_file", writable=True),
 }

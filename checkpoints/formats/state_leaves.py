@@ -17,6 +17,7 @@ from fabric.core.errors import IntegrityError
 
 Path = tuple[str | int, ...]
 
+NAMESPACE = Global("argparse", "Namespace")
 _PATHS = ("pathlib", "pathlib._local")
 
 
@@ -34,6 +35,8 @@ def leaves(value: object, path: Path = ()) -> Iterator[tuple[Path, object]]:
     Dictionaries are opened always, lists and tuples only if a tensor or a dictionary is
     somewhere in them: a list of numbers is one leaf.
     """
+    if isinstance(value, Record) and value.kind == NAMESPACE:
+        value = value.state or {}  # the arguments of a program, each a value of its own
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from leaves(item, (*path, _text(key)))
@@ -50,7 +53,7 @@ def _is_plain(value: list[object] | tuple[object, ...]) -> bool:
     if isinstance(value, Global):
         return True
     return not any(
-        isinstance(item, TensorRef | dict)
+        isinstance(item, TensorRef | dict | Record)
         or (isinstance(item, list | tuple) and not _is_plain(item))
         for item in value
     )
@@ -83,7 +86,7 @@ def to_json(value: object, depth: int = 0) -> Json:
     if isinstance(value, Mapping | EmptyDict):
         return _object(value if isinstance(value, Mapping) else {}, depth)
     if isinstance(value, Record):
-        return _record(value, depth)
+        return _record(value)
     what = (
         "tensor" if isinstance(value, TensorRef | StorageRef) else type(value).__name__
     )
@@ -109,13 +112,11 @@ def _object(value: Mapping[object, object], depth: int) -> Json:
     return result
 
 
-def _record(value: Record, depth: int) -> Json:
+def _record(value: Record) -> Json:
     if value.kind.module in _PATHS:
         return "/".join(map(str, value.args)).replace("//", "/")
     if value.kind == Global("torch", "device"):
         return ":".join(map(str, value.args))
-    if value.kind == Global("argparse", "Namespace"):
-        return to_json(value.state or {}, depth)
     raise NotJson(f"an object of class {str(value.kind)[:200]}")
 
 
