@@ -33,7 +33,6 @@ from dht.manifest import (
 )
 from dht.partial import PartialBlob
 from dht.room import Room
-from fabric.core.digest import digest
 from fabric.core.errors import (
     ConfigError,
     IntegrityError,
@@ -73,9 +72,9 @@ class BlobStore:
         self, data: bytes, name: str = "", meta: Mapping[str, str] | None = None
     ) -> BlobId:
         """Keep ``data`` as one blob and return its root."""
-        with self._adding(len(data)) as writer:
+        with self.adding(len(data)) as writer:
             writer.write(data)
-            return self._finish_add(writer, name, meta, ())
+            return self.finish_add(writer, name, meta, ())
 
     def add_file(self, path: Path, meta: Mapping[str, str] | None = None) -> BlobId:
         """Keep a copy of the file at ``path`` and return its root.
@@ -86,9 +85,9 @@ class BlobStore:
         """
         if not path.is_file():
             raise ConfigError(f"{path} is not a file")
-        with self._adding(path.stat().st_size) as writer:
+        with self.adding(path.stat().st_size) as writer:
             writer.copy(path)
-            return self._finish_add(writer, path.name, meta, ())
+            return self.finish_add(writer, path.name, meta, ())
 
     def add_directory(
         self, path: Path, meta: Mapping[str, str] | None = None
@@ -104,12 +103,12 @@ class BlobStore:
         files = directory_files(path)
         total = sum(file.stat().st_size for _, file in files)
         entries = []
-        with self._adding(total) as writer:
+        with self.adding(total) as writer:
             for name, file in files:
                 offset = writer.size
                 writer.copy(file)
                 entries.append(FileEntry(name, offset, writer.size - offset))
-            return self._finish_add(writer, path.name, meta, tuple(entries))
+            return self.finish_add(writer, path.name, meta, tuple(entries))
 
     def has(self, root: BlobId) -> bool:
         """Return whether all of ``root`` is here."""
@@ -154,17 +153,13 @@ class BlobStore:
             Unavailable: not here.
             IntegrityError: the bytes on disk are damaged.
         """
-        manifest = self.manifest(root)
-        if not 0 <= index < manifest.num_blocks:
-            raise ValueError(f"block {index} of {manifest.num_blocks}")
-        buffer = bytearray(manifest.block_bytes(index))
-        with self.open_reader(root) as reader:
-            got = reader.read_into(index, memoryview(buffer))
-        if got != len(buffer):
+        num_blocks = self.manifest(root).num_blocks
+        if not 0 <= index < num_blocks:
+            raise ValueError(f"block {index} of {num_blocks}")
+        if not self.have_bitmap(root) >> index & 1:
             raise Unavailable(f"block {index} of {root[:12]} is not here")
-        if digest(buffer) != manifest.hashes[index]:
-            raise IntegrityError(f"block {index} of {root[:12]} is damaged on disk")
-        return bytes(buffer)
+        with self.open_reader(root) as reader:
+            return reader.read_verified(index)
 
     @contextmanager
     def open_reader(self, root: BlobId) -> Iterator[BlobReader]:
@@ -350,7 +345,7 @@ class BlobStore:
         return [p for p in parts + data if p.name not in wanted]
 
     @contextmanager
-    def _adding(self, size: int) -> Iterator[BlockWriter]:
+    def adding(self, size: int) -> Iterator[BlockWriter]:
         """Hold room for ``size`` bytes and a file to write; removed on any error."""
         with self.room.reserved(size):
             handle, name = tempfile.mkstemp(dir=self._dir / "incoming")
@@ -360,13 +355,14 @@ class BlobStore:
             finally:
                 Path(name).unlink(missing_ok=True)
 
-    def _finish_add(
+    def finish_add(
         self,
         writer: BlockWriter,
         name: str,
         meta: Mapping[str, str] | None,
         entries: tuple[FileEntry, ...],
     ) -> BlobId:
+        """Make what was written visible and return its root."""
         hashes = writer.finish()
         root, raw = encode_manifest(
             BlobManifest(
