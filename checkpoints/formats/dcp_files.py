@@ -32,8 +32,8 @@ MIXED = (
     "files of two saves are mixed, as after a save over an older one that did not "
     "finish: use another copy or step"
 )
-AGE_SECONDS = 1.0
-"""A whole save writes its index last; clocks of file servers may differ a little."""
+AGE_SECONDS = 60.0
+"""A whole save writes its index last; copies and clocks differ a little."""
 
 
 class Contents(msgspec.Struct):

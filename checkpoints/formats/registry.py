@@ -32,6 +32,9 @@ class Format(msgspec.Struct, frozen=True):
 FORMATS: Mapping[str, Format] = {
     "canonical": Format("canonical checkpoint", "canonical", writable=True),
     "huggingface": Format("Hugging Face model", "huggingface", writable=True),
+    "dcp-safetensors": Format(
+        "safetensors of ranks (torch distributed checkpoint)", "dcp_safetensors"
+    ),
     "safetensors": Format("one safetensors file", "single_file", writable=True),
     "deepspeed": Format("DeepSpeed checkpoint (ZeRO 0-3)", "deepspeed_zero"),
     "deepspeed-universal": Format(
