@@ -103,6 +103,8 @@ def test_nine_peers_with_four_neighbours_each(mesh, tiny_spec):
         LivenessConfig().ghost_bound_seconds(len(NAMES)),
         "the ghost to be dead in every view",
     )
-    wait_until(lambda: is_whole(views(mesh, rest)), 30, "the ghost's places to be taken")
+    wait_until(
+        lambda: is_whole(views(mesh, rest)), 30, "the ghost's places to be taken"
+    )
     mesh.start(ghost, SETTINGS)
     wait_until(lambda: settled(mesh, NAMES), 120, "it to be back")
