@@ -7,10 +7,15 @@ known when this peer started is given ``lost_after`` to show.
 Rule 3: a spare copy is dropped only while those that stay were heard in this period.
 Rule 4: a peer that is silent, has no room or failed to make a copy is no candidate; the
 next one is.
+
+Pieces of erasure-coded content are content too, held once each. One moves to a peer
+that holds at least two fewer of them. Once the loss of any one peer leaves enough
+pieces to restore the whole, one copy of the whole is enough.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -37,7 +42,9 @@ class Want:
         size: Bytes.
         copies: Wanted.
         hints: Who is said to hold it: its writer, and whom the routing names.
-        apart_from: Content whose holders should not hold this too (other pieces).
+        siblings: If it is a piece: all pieces of the same whole.
+        pieces: If it is a whole: its pieces, in order.
+        needed: As many of them restore it.
     """
 
     root: BlobId
@@ -46,7 +53,9 @@ class Want:
     size: int
     copies: int
     hints: frozenset[PeerId] = frozenset()
-    apart_from: frozenset[BlobId] = frozenset()
+    siblings: frozenset[BlobId] = frozenset()
+    pieces: tuple[BlobId, ...] = ()
+    needed: int = 0
 
 
 @dataclass
@@ -104,7 +113,7 @@ class ReplicaTable:
         """``peer``, perhaps ourselves, said which of ``about`` it holds."""
         known = self._peers.setdefault(peer, _Peer())
         known.tried, known.heard_at, known.room = True, now, room
-        known.refuses = frozenset(refuses)
+        known.refuses = known.refuses - frozenset(about) | frozenset(refuses)
         for root in about:
             self._asked_about.setdefault(root, set()).add(peer)
             known.holds.pop(root, None)
@@ -151,7 +160,7 @@ class ReplicaTable:
     def copies(self, now: float) -> Mapping[BlobId, tuple[int, int]]:
         """Return how many copies there are and should be, of what concerns us."""
         return {
-            root: (len(self.holders(root, now)), want.copies)
+            root: (len(self.holders(root, now)), self._copies(want, now))
             for root, want in self._wants.items()
             if self._own in self._concerned(root)
         }
@@ -169,12 +178,64 @@ class ReplicaTable:
             if self._own in self.holders(root, now) and self._is_spare(want, now)
         ]
 
+    def to_remake(self, now: float) -> list[Want]:
+        """Return the wholes of which we should make lost pieces again.
+
+        The first holder of the whole does, once a piece had no holder for long enough
+        that all who could hold it were asked.
+        """
+        found = []
+        for want in self._wants.values():
+            holders = self.holders(want.root, now)
+            first = spread(want.root, holders, self._domains, count=1)
+            lost = [p for p in want.pieces if p in self._wants and self._lost(p, now)]
+            if lost and first == [self._own] and self._waited(want.root, now):
+                found.append(want)
+        return found
+
+    def to_restore(self, now: float) -> list[Want]:
+        """Return the wholes that nobody holds and that we should restore."""
+        found = []
+        for want in self._wants.values():
+            held = [p for p in want.pieces if self.holders(p, now)]
+            enough = want.needed and len(held) >= want.needed
+            if enough and self._lost(want.root, now) and self._waited(want.root, now):
+                fit = [p for p in self._domains if self._fits(p, want, now)]
+                if spread(want.root, fit, self._domains, count=1) == [self._own]:
+                    found.append(want)
+        return found
+
+    def _lost(self, root: BlobId, now: float) -> bool:
+        return not self.holders(root, now) and self._all_asked(root)
+
+    def _waited(self, root: BlobId, now: float) -> bool:
+        """Whether holders had time to show since we know of ``root``."""
+        return now - self._known_since[root] >= self._lost_after
+
+    def _copies(self, want: Want, now: float) -> int:
+        """Return how many copies there should be now."""
+        if not want.pieces or want.copies <= 1:
+            return want.copies
+        load = self._load(want.pieces, now)
+        held = sum(bool(self.holders(piece, now)) for piece in want.pieces)
+        left = held - max(load.values(), default=0)
+        return 1 if left >= want.needed else want.copies
+
+    def _load(self, pieces: Iterable[BlobId], now: float) -> Counter[PeerId]:
+        """Return how many of ``pieces`` each peer holds."""
+        return Counter(peer for root in pieces for peer in self.holders(root, now))
+
+    def _all_asked(self, root: BlobId) -> bool:
+        there = self._concerned(root) & self._domains.keys() - {self._own}
+        return there <= self._asked_about.get(root, set())
+
     def _concerned(self, root: BlobId) -> set[PeerId]:
-        copies = self._wants[root].copies
-        found = set(self._wants[root].hints & self._domains.keys())
-        found |= set(
-            spread(root, self._domains, self._domains, count=copies + SPARE_ASKED)
-        )
+        want = self._wants[root]
+        found = set(want.hints & self._domains.keys())
+        # all pieces of a whole concern the same peers: they are dealt out among them
+        key, count = min(want.siblings, default=root), want.copies
+        count = max(count, len(want.siblings)) + SPARE_ASKED
+        found |= set(spread(key, self._domains, self._domains, count=count))
         return found | {p for p, known in self._peers.items() if root in known.holds}
 
     def _should_copy(self, want: Want, now: float) -> bool:
@@ -184,17 +245,23 @@ class ReplicaTable:
         early = since <= self._started and now - since < self._lost_after
         if self._own in holders or not holders or early:
             return False
-        there = self._concerned(root) & self._domains.keys() - {self._own}
-        if not there <= self._asked_about.get(root, set()):
+        if not self._all_asked(root):
             return False
-        apart = self._apart(want, now)
-        candidates = [p for p in self._domains if self._fits(p, want, now)]
-        others = [p for p in candidates if p not in apart] or candidates
-        chosen = missing_copies(root, holders, others, self._domains, want.copies)
-        return self._own in chosen
+        fit = [p for p in self._domains if self._fits(p, want, now)]
+        if want.siblings:
+            return self._takes_piece(want, holders, fit, now)
+        wanted = self._copies(want, now)
+        return self._own in missing_copies(root, holders, fit, self._domains, wanted)
 
-    def _apart(self, want: Want, now: float) -> set[PeerId]:
-        return {peer for root in want.apart_from for peer in self.holders(root, now)}
+    def _takes_piece(
+        self, want: Want, holders: Collection[PeerId], fit: list[PeerId], now: float
+    ) -> bool:
+        load = self._load(want.siblings, now)
+        least = min((load[peer] for peer in fit if peer not in holders), default=0)
+        light = [p for p in fit if p not in holders and load[p] == least]
+        crowded = len(holders) == 1 and load[min(holders)] >= least + 2
+        first = spread(want.root, light, self._domains, holders, count=1)
+        return crowded and first == [self._own]
 
     def _fits(self, peer: PeerId, want: Want, now: float) -> bool:
         known = self._peers.get(peer)
@@ -204,7 +271,13 @@ class ReplicaTable:
 
     def _is_spare(self, want: Want, now: float) -> bool:
         holders = self.holders(want.root, now)
-        spare = spare_copies(want.root, holders, self._domains, want.copies)
+        if want.siblings:
+            load = self._load(want.siblings, now)
+            order = sorted(holders, key=lambda peer: (load[peer], peer))
+            spare = order[want.copies :]
+        else:
+            wanted = self._copies(want, now)
+            spare = spare_copies(want.root, holders, self._domains, wanted)
         if self._own not in spare:
             return False
         # Those that stay are heard now, not only within the bound of a loss.

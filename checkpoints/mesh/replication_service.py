@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from checkpoints.mesh.config import ReplicationConfig
+from checkpoints.mesh.erasure_service import Erasure, Newest
 from checkpoints.mesh.messages import (
     CODEC,
     MAX_ASKED,
@@ -92,6 +93,13 @@ class Replication:
         """Until when a copy is not tried again."""
         self._protected: set[BlobId] = set()
         self._wake = trio.Event()
+        self._erasure = Erasure(
+            own,
+            ports.heads,
+            ports.blobs,
+            ports.content,
+            config.fetch_timeout_seconds,
+        )
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -158,7 +166,17 @@ class Replication:
         copies = table.to_copy(now)
         for want in copies[:1]:
             await self._copy(want, table.holders(want.root, now))
-        return bool(copies)
+        return await self._code(table, newest) or bool(copies)
+
+    async def _code(self, table: ReplicaTable, newest: Newest) -> bool:
+        """Work on erasure-coded checkpoints; return whether there may be more to do."""
+        now = trio.current_time()
+        for want in table.to_remake(now)[:1]:
+            lost = frozenset(p for p in want.pieces if not table.holders(p, now))
+            await self._erasure.remake(want, lost)
+        for want in table.to_restore(now)[:1]:
+            await self._erasure.restore(want)
+        return await self._erasure.announce(newest)
 
     async def _remove_retired(
         self, wants: Collection[Want], runs: Collection[str]

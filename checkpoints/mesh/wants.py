@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from checkpoints.mesh.replicas import Want
 from crdt_store.views import CheckpointHead
+from fabric.core.digest import BLOCK_BYTES
 from fabric.core.ids import BlobId
 
 
 def wants_of(newest: Mapping[str, Mapping[int, CheckpointHead]]) -> list[Want]:
     """Return the wanted copies of all runs' heads.
 
-    Once there are pieces, any k of which restore the checkpoint, one whole copy is
-    enough; each piece is held once, by another peer where there are enough.
+    A checkpoint with pieces, any k of which restore it, also asks for each of these.
     """
     found: dict[BlobId, Want] = {}
     for run, heads in newest.items():
@@ -27,14 +27,36 @@ def wants_of(newest: Mapping[str, Mapping[int, CheckpointHead]]) -> list[Want]:
 
 def _of_head(run: str, step: int, head: CheckpointHead) -> list[Want]:
     hints = frozenset({head.writer})
-    whole = 1 if head.pieces else head.copies
-    root = BlobId(head.root)
-    wants = [Want(root, run, step, head.bytes, whole, hints)]
-    pieces = frozenset(map(BlobId, head.pieces))
-    data = int(head.erasure.partition("+")[0] or 1)
-    size = -(-head.bytes // data)
-    wants += [
-        Want(piece, run, step, size, 1, hints, apart_from=pieces - {piece})
-        for piece in sorted(pieces)
+    pieces = tuple(map(BlobId, head.pieces))
+    data, extra = code_of(head)
+    if len(pieces) != data + extra:
+        pieces = ()  # not made yet, or nonsense
+    whole = Want(
+        BlobId(head.root),
+        run,
+        step,
+        head.bytes,
+        head.copies,
+        hints,
+        pieces=pieces,
+        needed=data if pieces else 0,
+    )
+    size = piece_bytes(head.bytes, data)
+    siblings = frozenset(pieces)
+    return [whole] + [
+        Want(piece, run, step, size, 1, hints, siblings=siblings) for piece in pieces
     ]
-    return wants
+
+
+def code_of(head: CheckpointHead) -> tuple[int, int]:
+    """Return (k, m) of a head; (0, 0) if it has none, or nonsense."""
+    data, plus, extra = head.erasure.partition("+")
+    if not (plus and data.isdecimal() and extra.isdecimal()):
+        return 0, 0
+    return int(data), int(extra)
+
+
+def piece_bytes(size: int, data: int) -> int:
+    """Return the bytes of one of the pieces of ``size`` bytes, about."""
+    blocks = -(-size // BLOCK_BYTES) + 1
+    return -(-blocks // max(1, data)) * BLOCK_BYTES

@@ -14,6 +14,7 @@ import trio
 from checkpoints.mesh.replication_service import Replication, ReplicationPorts
 from crdt_store.service import Store
 from dht.blobs import BlobStore
+from dht.erasure import check_code
 from dht.service import ContentService
 from fabric.app.checkpoint_flow import CheckpointFlow, content_root
 from fabric.app.config import NodeConfig
@@ -80,6 +81,8 @@ class Checkpoints:
             Unavailable: nobody reachable holds the checkpoint.
         """
         assert self.jobs is not None
+        if spec.checkpoint.erasure:
+            check_code(*spec.checkpoint.pieces)
         if spec.resume:
             spec = msgspec.structs.replace(spec, resume=content_root(spec.resume))
             first = await self.flow.first_round(spec)

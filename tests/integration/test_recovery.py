@@ -24,10 +24,10 @@ ROUNDS = 1000
 """More than any test waits for: it stops the job."""
 
 
-def spec_of(tiny, *, min_peers, max_peers):
+def spec_of(tiny, *, min_peers, max_peers, inner_steps=60):
     spec = tiny(
         rounds=ROUNDS,
-        inner_steps=60,
+        inner_steps=inner_steps,
         min_peers=min_peers,
         max_peers=max_peers,
         patience=4.0,
@@ -155,7 +155,7 @@ def test_a_job_survives_the_death_of_all_its_workers_and_of_one_daemon(
     mesh = cleaned
     names = ("a", "b", "c")
     form(*names, settings=SETTINGS)
-    job = mesh.client("a").submit(spec_of(tiny_spec, min_peers=3, max_peers=3))
+    job = mesh.client("a").submit(spec_of(tiny_spec, min_peers=3, max_peers=3, inner_steps=10))
     wait_until(
         lambda: all(hot_rounds(mesh, n)[-1:] > [1] for n in names),
         RUN_SECONDS,

@@ -73,6 +73,13 @@ class World:
                     self.answer(table, other, roots)
             for each in table.to_copy(self.now)[:1]:
                 self.copy(peer, each)
+            for each in table.to_remake(self.now):
+                fresh = [p for p in each.pieces if not self.holders(p)]
+                self.held[peer].update(fresh)
+            for each in table.to_restore(self.now):
+                held = [p for p in each.pieces if self.holders(p)]
+                assert len(held) >= each.needed
+                self.held[peer].add(each.root)
             for each in table.to_drop(self.now):
                 self.held[peer].remove(each.root)
                 self.room[peer] += each.size
@@ -182,16 +189,53 @@ def test_copies_of_one_host_move_apart_when_another_site_joins():
     assert len(world.holders(root_of(0))) == 2
 
 
-def test_what_is_held_apart_stays_apart_while_there_is_a_choice():
-    world = World({"a": [1], "b": [1], "c": [1], "d": [1]})
-    writer = PeerId("a0.0")
-    pieces = frozenset(map(root_of, range(3)))
-    for number in range(3):
-        others = pieces - {root_of(number)}
-        world.publish(number, writer, copies=2, apart_from=others)
-    world.run(8)
-    assert all(len(world.holders(root)) == 2 for root in pieces)
-    assert {len(world.held[peer]) for peer in world.live} == {3, 1}
+def coded(world, number, data, extra, copies=2):
+    """Publish a whole and its pieces, all held by the first peer."""
+    writer = min(world.domains)
+    pieces = tuple(root_of(f"{number}.{n}") for n in range(data + extra))
+    world.publish(number, writer, copies, pieces=pieces, needed=data)
+    for piece in pieces:
+        hints = frozenset({writer})
+        world.wants.append(
+            Want(piece, "run", number, SIZE, 1, hints, siblings=frozenset(pieces))
+        )
+        world.held[writer].add(piece)
+    return pieces
+
+
+@pytest.mark.parametrize("sites", [{"a": [1], "b": [1], "c": [1, 1], "d": [1, 1]}])
+def test_pieces_move_apart_and_then_one_whole_copy_is_enough(sites):
+    world = World(sites)
+    pieces = coded(world, 0, 4, 2)
+    world.run(30)
+    assert [len(world.holders(piece)) for piece in pieces] == [1] * 6
+    assert {len(world.held[p] & set(pieces)) for p in world.live} == {1}
+    assert len(world.holders(root_of(0))) == 1
+    moved = world.made
+    world.run(30)
+    assert world.made == moved, "and all is quiet"
+
+
+def test_lost_pieces_are_made_again_and_a_lost_whole_is_restored():
+    world = World({"a": [1], "b": [1], "c": [1], "d": [1], "e": [1]})
+    pieces = coded(world, 0, 2, 2)
+    world.run(25)
+    (whole,) = world.holders(root_of(0))
+    victim = next(p for p in world.live if p != whole and world.held[p] & set(pieces))
+    world.away.add(victim)
+    world.run(int(LOST_AFTER) + 10)
+    assert all(len(world.holders(piece)) == 1 for piece in pieces)
+    world.away.add(whole)
+    world.run(2 * int(LOST_AFTER) + 10)
+    assert len(world.holders(root_of(0))) == 1
+    assert all(len(world.holders(piece)) == 1 for piece in pieces)
+
+
+def test_two_peers_keep_the_whole_copies_beside_the_pieces():
+    world = World({"a": [1], "b": [1]})
+    coded(world, 0, 4, 2)
+    world.run(30)
+    assert len(world.holders(root_of(0))) == 2, "a lost peer would leave too few"
 
 
 def test_all_copies_are_lost_when_no_holder_comes_back(three_sites):

@@ -1,0 +1,247 @@
+"""Replication between stores on disk: copies, removal, damage, full disks, pieces."""
+
+import random
+from collections import defaultdict
+
+import pytest
+import trio
+
+from checkpoints.mesh.config import ReplicationConfig
+from checkpoints.mesh.placement import Domain
+from checkpoints.mesh.replication_service import Replication, ReplicationPorts
+from crdt_store.views import CheckpointHead, Heads
+from dht.download_service import BAD_BLOCKS
+from fabric.core.digest import BLOCK_BYTES
+from fabric.core.errors import ResourceExhausted
+from tests.dht.conftest import Mesh
+
+pytestmark = pytest.mark.slow
+
+QUICK = ReplicationConfig(
+    period_seconds=0.05,
+    lost_after_seconds=1.5,
+    retry_seconds=60,
+    call_timeout_seconds=2,
+)
+
+
+class SharedHeads(Heads):
+    """Heads that every peer sees at once."""
+
+    def __init__(self, table, peer):
+        self._table, self._me = table, peer
+        self._changed = trio.Event()
+        table[""].append(self)
+
+    def runs(self):
+        return sorted(run for run in self._table if run)
+
+    def all(self, run):
+        return dict(self._table[run]) if run in self._table else {}
+
+    async def put(self, run, step, head):
+        if run not in self._table:
+            self._table[run] = {}
+        self._table[run][step] = head
+        for heads in self._table[""]:
+            heads._changed.set()
+
+    def watch(self):
+        return self
+
+    async def changed(self):
+        await self._changed.wait()
+        self._changed = trio.Event()
+
+
+class World:
+    """Peers with content and replication; each on a host of its own."""
+
+    def __init__(self, directory, nursery):
+        self.nursery = nursery
+        self.mesh = Mesh(directory, nursery)
+        self.heads = defaultdict(list)
+        self.services, self.scopes, self.in_use = {}, {}, set()
+
+    def domains(self):
+        return {p: Domain(f"site {p}", f"host {p}") for p in self.mesh.peers}
+
+    async def join(self, name):
+        peer = await self.mesh.join(name)
+        self.start(peer)
+        return peer
+
+    def start(self, peer):
+        ports = ReplicationPorts(
+            peer,
+            SharedHeads(self.heads, peer.own),
+            peer.blobs,
+            peer.content,
+            self.domains,
+            lambda: self.in_use,
+        )
+        service = Replication(QUICK, peer.own, ports, peer.counters)
+        self.services[peer.own] = service
+        scope = self.scopes[peer.own] = trio.CancelScope()
+
+        async def run():
+            with scope:
+                await service.run()
+
+        self.nursery.start_soon(run)
+
+    def leave(self, peer):
+        self.scopes[peer.own].cancel()
+        del self.mesh.peers[peer.own]
+
+    async def publish(self, peer, step, *, size=3 * BLOCK_BYTES + 5, **head):
+        data = random.Random(step).randbytes(size)
+        root = peer.blobs.add_bytes(data, f"step-{step}")
+        peer.blobs.keeps.keep(root, "run")
+        head = CheckpointHead(
+            root=root, bytes=size, round=step, writer=peer.own, **head
+        )
+        await self.services[peer.own]._ports.heads.put("run", step, head)
+        return root
+
+    def holders(self, root):
+        return {p for p, peer in self.mesh.peers.items() if peer.blobs.has(root)}
+
+    async def until(self, condition, seconds=30):
+        with trio.fail_after(seconds):
+            while not condition():  # noqa: ASYNC110 - any condition
+                await trio.sleep(0.02)
+
+
+@pytest.fixture
+async def world(tmp_path):
+    async with trio.open_nursery() as nursery:
+        world = World(tmp_path, nursery)
+        yield world
+        world.mesh.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_copies_are_made_kept_to_the_newest_steps_and_shown(world):
+    a, b, c = [await world.join(name) for name in "abc"]
+    first = await world.publish(a, 1, keep=2)
+    await world.until(lambda: len(world.holders(first)) == 2)
+    person = next(p for p in (a, b, c) if p.own in world.holders(first))
+    person.blobs.pin(first)
+    second = await world.publish(b, 2, keep=2)
+    third = await world.publish(c, 3, keep=2)
+    await world.until(lambda: all(len(world.holders(r)) == 2 for r in (second, third)))
+    await world.until(lambda: world.holders(first) == {person.own})
+    shown = world.services[a.own].copies()
+    await world.until(lambda: set(world.services[a.own].copies().values()) == {(2, 2)})
+    assert first not in shown or shown[first]
+    person.blobs.unpin(first)
+    assert person.blobs.remove(first), "nobody wants it any more"
+
+
+async def test_a_step_in_use_stays_until_it_is_not(world):
+    a, b = [await world.join(name) for name in "ab"]
+    first = await world.publish(a, 1, keep=1)
+    await world.until(lambda: len(world.holders(first)) == 2)
+    world.in_use.add(first)
+    second = await world.publish(b, 2, keep=1)
+    await world.until(lambda: len(world.holders(second)) == 2)
+    await trio.sleep(5 * QUICK.period_seconds)
+    assert len(world.holders(first)) == 2
+    world.in_use.clear()
+    await world.until(lambda: not world.holders(first))
+
+
+async def test_a_lost_holder_is_replaced_and_the_one_too_many_goes(world):
+    peers = {p.own: p for p in [await world.join(name) for name in "abcd"]}
+    root = await world.publish(peers["a"], 1)
+    await world.until(lambda: len(world.holders(root)) == 2)
+    (other,) = world.holders(root) - {"a"}
+    lost = peers.pop(other)
+    world.leave(lost)
+    await world.until(lambda: len(world.holders(root)) == 2)
+    world.mesh.peers[lost.own] = lost
+    world.start(lost)
+    assert len(world.holders(root)) == 3
+    await world.until(lambda: len(world.holders(root)) == 2)
+
+
+async def test_flipped_bytes_are_caught_and_another_holder_is_used(world):
+    a, b = [await world.join(name) for name in "ab"]
+    root = await world.publish(a, 1, copies=2)
+    await world.until(lambda: len(world.holders(root)) == 2)
+    path = world.mesh.directory / "a" / "data" / root
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        for block in range(4):
+            file.seek(block * BLOCK_BYTES)
+            file.write(b"\xff\x00\xff")
+    third = await world.join("c")
+    await world.services[a.own]._ports.heads.put(
+        "run", 1, CheckpointHead(root=root, bytes=3, round=1, writer="a", copies=3)
+    )
+    await world.until(lambda: third.blobs.has(root))
+    assert third.blobs.read_block(root, 1) == b.blobs.read_block(root, 1)
+    counts = third.counters.snapshot()
+    assert sum(n for name, n in counts.items() if name.startswith(BAD_BLOCKS)) > 0
+
+
+async def test_a_full_disk_is_passed_over_with_its_reason(world, caplog):
+    a, b, c, d = [await world.join(name) for name in "abcd"]
+
+    def full(root, manifest, wanted=None):
+        raise ResourceExhausted("no space left", code="E_DISK_FULL")
+
+    for peer in (b, c):
+        peer.blobs.open_partial = full
+    root = await world.publish(a, 1)
+    await world.until(lambda: d.blobs.has(root))
+    assert world.holders(root) == {"a", "d"}
+    tried = [r for r in caplog.messages if r.startswith("replication.refused")]
+    assert all("no space left" in line for line in tried)
+    small = await world.join("e")
+    small.blobs.room.max_bytes = BLOCK_BYTES
+    world.leave(d)
+    big = await world.join("f")
+    await world.until(lambda: big.blobs.has(root))
+    assert not small.blobs.has(root)
+
+
+async def test_what_a_crash_left_without_a_head_goes(world):
+    a = await world.join("a")
+    orphan = a.blobs.add_bytes(b"half a story", "step-1")
+    a.blobs.keeps.keep(orphan, "run")
+    await trio.sleep(4 * QUICK.period_seconds)
+    assert a.blobs.has(orphan), "no head of the run is known: nothing is judged"
+    with world.services[a.own].protected(orphan):
+        root = await world.publish(a, 2)
+        await trio.sleep(4 * QUICK.period_seconds)
+        assert a.blobs.has(orphan), "it may be about to get a head"
+    await world.until(lambda: not a.blobs.has(orphan))
+    assert a.blobs.has(root)
+
+
+async def test_pieces_replace_whole_copies_and_restore_a_lost_one(world):
+    pytest.importorskip("zfec")
+    peers = {p.own: p for p in [await world.join(name) for name in "abcd"]}
+    root = await world.publish(peers["a"], 1, copies=2, erasure="2+2")
+
+    def head():
+        return world.heads["run"][1]
+
+    def spread_out():
+        loads = [
+            sum(peer.blobs.has(piece) for piece in head().pieces)
+            for peer in world.mesh.peers.values()
+        ]
+        return sorted(loads) == [1, 1, 1, 1] and len(world.holders(root)) == 1
+
+    await world.until(lambda: len(head().pieces) == 4)
+    await world.until(spread_out)
+    (whole,) = world.holders(root)
+    wanted = peers[whole].blobs.read_block(root, 2)
+    world.leave(peers.pop(whole))
+    await world.until(lambda: len(world.holders(root)) == 1)
+    (again,) = world.holders(root)
+    assert peers[again].blobs.read_block(root, 2) == wanted
+    await world.until(lambda: all(world.holders(p) for p in head().pieces))
