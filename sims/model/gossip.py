@@ -8,6 +8,7 @@ here, so a partition regrafts at once within each side.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -25,15 +26,17 @@ class Flood:
         origin: Who published it.
         payload: What it carries.
         seen: Who had it.
+        due: When the first copy on its way to each arrives.
     """
 
-    __slots__ = ("origin", "payload", "seen", "serial", "size")
+    __slots__ = ("due", "origin", "payload", "seen", "serial", "size")
 
     def __init__(self, serial: int, origin: int, payload: bytes, peers: int) -> None:
         self.serial = serial
         self.origin = origin
         self.payload = payload
         self.seen = bytearray(peers)
+        self.due = [math.inf] * peers
         self.size = len(payload) + GOSSIP_BYTES
 
 
@@ -74,14 +77,16 @@ class Gossip:
         return flood
 
     def _forward(self, flood: Flood, holder: int, source: int) -> None:
-        network, seen, size = self._network, flood.seen, flood.size
+        network, seen, due, size = self._network, flood.seen, flood.due, flood.size
         for neighbour in self._neighbours[holder]:
             if neighbour == source or neighbour >= len(seen):  # joined meanwhile
                 continue
             network.count(holder, neighbour, "gossip", size)
             if not seen[neighbour]:
-                late = network.delay(holder, neighbour, size)
-                self._engine.after(late, self._arrive, flood, neighbour, holder)
+                when = self._engine.now + network.delay(holder, neighbour, size)
+                if when < due[neighbour]:  # else an earlier copy is on its way
+                    due[neighbour] = when
+                    self._engine.at(when, self._arrive, flood, neighbour, holder)
 
     def _arrive(self, flood: Flood, peer: int, source: int) -> None:
         if flood.seen[peer] or not self._network.linked(source, peer):

@@ -246,6 +246,6 @@ class Mesh:
         """Have all peers drop what is too old, once per poll."""
         online, now = self.network.online, self.engine.now
         for node in self.nodes:
-            if online[node.number]:
+            if node.tick_at <= node.wall(now) and online[node.number]:
                 node.expire(now)
         self.engine.after(_EXPIRY_SECONDS, self.run_expiry)
