@@ -77,7 +77,8 @@ class HotStore:
         """
         with self._lock:
             self._thin_out(state.job, MAX_GENERATIONS - 1)
-            used = sum(path.stat().st_size for path in self._folder.glob("*"))
+            files = (p for p in self._folder.iterdir() if p.suffix != _CLAIM)
+            used = sum(path.stat().st_size for path in files)
             if used + size > self._max_bytes:
                 raise ResourceExhausted(
                     f"a state of {size} B does not fit: {used} B of "

@@ -32,7 +32,11 @@ AREAS = {
         "tests/integration/test_invites.py",
     ],
     "net": ["tests/net", "tests/bulk", "tests/attestation"],
-    "ckpt": ["tests/checkpoints"],
+    "ckpt": [
+        "tests/checkpoints",
+        "tests/integration/test_checkpoints.py",
+        "tests/integration/test_recovery.py",
+    ],
     "train": [
         "tests/training",
         "tests/integration/test_train.py",
