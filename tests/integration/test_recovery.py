@@ -155,7 +155,9 @@ def test_a_job_survives_the_death_of_all_its_workers_and_of_one_daemon(
     mesh = cleaned
     names = ("a", "b", "c")
     form(*names, settings=SETTINGS)
-    job = mesh.client("a").submit(spec_of(tiny_spec, min_peers=3, max_peers=3, inner_steps=10))
+    job = mesh.client("a").submit(
+        spec_of(tiny_spec, min_peers=3, max_peers=3, inner_steps=10)
+    )
     wait_until(
         lambda: all(hot_rounds(mesh, n)[-1:] > [1] for n in names),
         RUN_SECONDS,
