@@ -6,6 +6,7 @@ has given up.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,8 +27,13 @@ from fabric.core.errors import (
 
 MAX_MESSAGE_BYTES = 128 << 20
 """Largest message of one rank: a plan, or the record of what it wrote."""
+FRAME_BYTES = 512
+"""What small messages travel in: a digest, a refusal."""
 TIMEOUT_SECONDS = 1800.0
 """A rank that says nothing for so long is lost; a large file takes minutes to write."""
+
+
+_SIZE = struct.Struct("<Q")
 
 
 class Parcel(NamedTuple):
@@ -124,8 +130,15 @@ class TorchExchange:
     def all_gather(self, data: bytes) -> list[bytes]:
         """Return everyone's bytes, by rank."""
         with _typed():
-            sizes = self._sizes(data)
-            padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8)
+            frames = self._frames(data)
+            sizes = [int(_SIZE.unpack_from(frame)[0]) for frame in frames]
+            if max(sizes) <= FRAME_BYTES - _SIZE.size:  # one exchange, not two
+                begin = _SIZE.size
+                return [
+                    frame[begin : begin + size]
+                    for frame, size in zip(frames, sizes, strict=True)
+                ]
+            padded = torch.zeros(max(sizes), dtype=torch.uint8)
             padded[: len(data)] = _tensor(data)
             found = [torch.empty_like(padded) for _ in sizes]
             dist.all_gather(found, padded, group=self.group)
@@ -174,11 +187,17 @@ class TorchExchange:
                     work.wait()
 
     def _sizes(self, data: bytes) -> list[int]:
+        return [int(_SIZE.unpack_from(frame)[0]) for frame in self._frames(data)]
+
+    def _frames(self, data: bytes) -> list[bytes]:
+        """Return everyone's number of bytes and as many as fit beside it."""
         if len(data) > MAX_MESSAGE_BYTES:
             raise ResourceExhausted(f"message of {len(data)} B > {MAX_MESSAGE_BYTES} B")
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
-        return [int(size) for size in sizes]
+        frame = _SIZE.pack(len(data)) + data[: FRAME_BYTES - _SIZE.size]
+        mine = _tensor(frame.ljust(FRAME_BYTES, b"\0"))
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(found, mine, group=self.group)
+        return [_bytes(each) for each in found]
 
 
 def default_exchange() -> Exchange:

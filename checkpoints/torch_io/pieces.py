@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from checkpoints.boxes import Box, Index, flat_boxes, whole
+from checkpoints.boxes import Box, Index, flat_boxes, intersect, whole
 from checkpoints.part_layout import ChunkPlan
 from checkpoints.placements import HeldBox, Split, held_boxes
 from checkpoints.save_plan import HeldTensor, LocalPlan
@@ -65,16 +65,11 @@ class Held:
     def view(self, box: Box) -> torch.Tensor:
         """Return the elements of a box that lies in one of the pieces."""
         for piece in self.pieces:
-            at = [a - b for a, b in zip(box.offsets, piece.box.offsets, strict=True)]
-            ends = [
-                (a, size, extent)
-                for a, size, extent in zip(at, box.sizes, piece.box.sizes, strict=True)
-            ]
-            if all(a >= 0 and a + size <= extent for a, size, extent in ends):
-                view = piece.view
-                for dim, (begin, size, _) in enumerate(ends):
-                    view = view.narrow(dim, begin, size)
-                return view
+            if piece.box == box:
+                return piece.view
+            if intersect(piece.box, box) == box:
+                begins = zip(box.offsets, piece.box.offsets, strict=True)
+                return _part(piece.view, tuple(a - b for a, b in begins), box.sizes)
         raise ValueError(f"{box} is not held")
 
 
@@ -95,6 +90,7 @@ def held_of(name: str, value: Value) -> Held:
     return Held(_dtype(name, tensor), box.sizes, pieces)
 
 
+@torch.no_grad()
 def survey(tensors: Mapping[str, Value]) -> tuple[LocalPlan, dict[str, Held]]:
     """Return the plan of this rank, and what it holds by name.
 
@@ -171,15 +167,16 @@ def _of_dtensor(name: str, value: DTensor) -> Held:
             code="E_SHARD",
             next_step="make it with distribute_tensor, or pass the right shape",
         )
-    pieces = []
-    for held in boxes:
-        view = local
-        for dim, (begin, size) in enumerate(
-            zip(held.local, held.box.sizes, strict=True)
-        ):
-            view = view.narrow(dim, begin, size)
-        pieces.append(Piece(held.box, view))
-    return Held(_dtype(name, local), shape, tuple(pieces))
+    pieces = tuple(Piece(h.box, _part(local, h.local, h.box.sizes)) for h in boxes)
+    return Held(_dtype(name, local), shape, pieces)
+
+
+def _part(tensor: torch.Tensor, begins: Index, sizes: Index) -> torch.Tensor:
+    """Return a box of a tensor: the tensor itself if that is all of it."""
+    if tuple(tensor.shape) != sizes:
+        for dim, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
+            tensor = tensor.narrow(dim, begin, size)
+    return tensor
 
 
 @lru_cache(maxsize=4096)

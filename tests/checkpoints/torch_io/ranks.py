@@ -6,13 +6,15 @@ SCRIPT: ``[[world, [[case, arguments], ...]], ...]``, one world after the other.
 is imported once and forked, because the import costs more than most cases.
 """
 
+import faulthandler
 import json
 import os
 import random
+import signal
 import sys
 import traceback
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ from checkpoints.torch_io.saver import Saver
 from checkpoints.torch_io.tensors import DTYPES, byte_view, load_tensors
 from fabric.core.errors import FabricError, IntegrityError
 
+LIMIT_SECONDS = 300
+"""A rank that takes longer in one world says where it is, and ends."""
 NAMES = {
     "w": (torch.float32, (13, 8)),
     "half": (torch.bfloat16, (8, 6)),
@@ -79,10 +83,21 @@ def flat(name, tensor, world, rank, seed):
     return FlatShard(tensor.flatten()[begin:end].clone(), tuple(tensor.shape), begin)
 
 
+@lru_cache
+def mesh_of(shape):
+    """Made once: the groups of a mesh cost more than all else here."""
+    return init_device_mesh("cpu", shape)
+
+
+@lru_cache
+def exchange_of(world):
+    return TorchExchange() if world > 1 else LocalExchange()
+
+
 def build(layout, world, rank):
     """What this rank holds in a layout: name -> value."""
-    line = init_device_mesh("cpu", (world,))
-    grid = init_device_mesh("cpu", factors(world))
+    line = mesh_of((world,))
+    grid = mesh_of(factors(world))
     held = {}
     for number, name in enumerate(NAMES):
         whole = content(name)
@@ -144,7 +159,7 @@ def bits(value):
 
 
 def case_save(base, world, rank, layout, step=0):
-    with Saver(base / f"{layout}-{world}") as saver:
+    with Saver(base / f"{layout}-{world}", exchange=exchange_of(world)) as saver:
         saver.save(
             step,
             build(layout, world, rank),
@@ -159,7 +174,7 @@ def case_load(base, world, rank, source, layout, together=False):
     wanted = build(layout, world, rank)
     held = build(layout, world, rank)
     spoil(held)
-    exchange = TorchExchange() if together and world > 1 else LocalExchange()
+    exchange = exchange_of(world if together else 1)
     loaded = load_into(
         base / source,
         held,
@@ -190,7 +205,7 @@ def case_whole(base, world, rank, source):
 
 def case_cache(base, world, rank):
     """Plans are made once for a layout, and again when anything of it changes."""
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of((world,))
     a, b = torch.zeros(8, 8), torch.zeros(4)
     steps = [
         ({"a": spread(a, mesh, [Shard(0)]), "b": b}, 1),
@@ -316,6 +331,7 @@ def case_once(base, world, rank):
 
 def work(base, world, rank, store, cases):
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(str(store), world),
@@ -364,13 +380,17 @@ def fork(call):
 def main(base, script):
     for number, (world, cases) in enumerate(script):
         store = base / f"store-{number}"
-        pids = [
+        left = {
             fork(partial(work, base, world, rank, store, cases))
             for rank in range(world)
-        ]
-        failed = [pid for pid in pids if os.waitpid(pid, 0)[1]]
-        if failed:
-            sys.exit(f"world {world}: {len(failed)} ranks failed")
+        }
+        while left:
+            pid, status = os.wait()
+            left.discard(pid)
+            if status:
+                for other in left:  # they would wait for the one that failed
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"world {world}: a rank failed")
 
 
 if __name__ == "__main__":

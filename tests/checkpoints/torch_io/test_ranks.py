@@ -20,7 +20,7 @@ LOADS = 3 if FACTOR == 1 else 24
 pytestmark = [pytest.mark.slow]
 
 
-def run_ranks(base, script, limit=420):
+def run_ranks(base, script, limit=900):
     """Run cases in forked ranks; return what they said if all went well."""
     plan = base / "script.json"
     plan.write_text(json.dumps(script))
