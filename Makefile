@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# daemons, workers and test processes start often: let Python keep what it compiled
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test check lint bench bench-setup soak fmt clean
 .DEFAULT_GOAL := help
 

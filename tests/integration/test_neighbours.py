@@ -1,5 +1,7 @@
 """More members than neighbours, on real daemons: connected in part, whole in effect."""
 
+import os
+
 import pytest
 
 from crdt_store.liveness.config import LivenessConfig
@@ -14,7 +16,8 @@ SETTINGS = (
     f"mesh.max_neighbours={LIMIT}",
     f"mesh.idle_seconds={IDLE}",
 )
-NAMES = tuple(f"p{number}" for number in range(9))
+WHOLE = int(os.environ.get("SOAK_FACTOR", "1")) > 1
+NAMES = tuple(f"p{number}" for number in range(9 if WHOLE else 6))
 
 
 def views(mesh, names):
@@ -54,7 +57,7 @@ def is_whole(found):
     return seen == set(found)
 
 
-def test_nine_peers_with_four_neighbours_each(mesh, tiny_spec):
+def test_more_peers_than_the_four_neighbours_of_each(mesh, tiny_spec):
     mesh.start_all(NAMES, SETTINGS)
     mesh.create_mesh("p0", "lab")
     token = mesh.client("p0").invite(uses=9)

@@ -30,6 +30,7 @@ AREAS = {
         "tests/sims/simulator",
         "tests/integration/test_partition.py",
         "tests/integration/test_invites.py",
+        "tests/integration/test_neighbours.py",
     ],
     "net": ["tests/net", "tests/bulk", "tests/attestation"],
     "ckpt": [
