@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +52,7 @@ class HotStore:
         self._kept: dict[JobId, list[HotState]] = {}
         self._lists: dict[str, bytes] = {}
         """Joined block digests by state name."""
-        if max_bytes:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.is_dir():
             self._load()
 
     def jobs(self) -> frozenset[JobId]:
@@ -77,7 +77,9 @@ class HotStore:
         """
         with self._lock:
             self._thin_out(state.job, MAX_GENERATIONS - 1)
-            files = (p for p in self._folder.iterdir() if p.suffix != _CLAIM)
+            if self._max_bytes:
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files = (p for p in self._folder.glob("*") if p.suffix != _CLAIM)
             used = sum(path.stat().st_size for path in files)
             if used + size > self._max_bytes:
                 raise ResourceExhausted(
@@ -160,6 +162,8 @@ class HotStore:
         with self._lock:
             for state in self._kept.pop(job, ()):
                 self._remove(state)
+            with suppress(OSError):  # another job's states are in it
+                self._folder.rmdir()
 
     def _thin_out(self, job: JobId, most: int) -> None:
         kept = self._kept.get(job, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from training.hot_store import HotStore
 
 SHARED_MEMORY = Path("/dev/shm")
 """A file system in memory: its files outlive processes, not the machine."""
+_NOTE = ".home"
 
 
 def hot_folder(home: Home) -> Path:
@@ -43,6 +45,25 @@ def hot_folder(home: Home) -> Path:
     if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
         return SHARED_MEMORY / f"fabric-{os.getuid()}-{name}"
     return home.state / "hot"
+
+
+def claim_hot_folder(home: Home, folder: Path) -> None:
+    """Note whose folder it is, and remove those of peers that are gone for good.
+
+    A home that was deleted, as those of tests and demos are, would else leave its
+    states in memory until the machine restarts.
+    """
+    if folder.parent != SHARED_MEMORY:
+        return
+    for note in SHARED_MEMORY.glob(f"fabric-{os.getuid()}-*{_NOTE}"):
+        try:
+            owner = Path(os.fsdecode(note.read_bytes()))
+            if not owner.exists():
+                shutil.rmtree(note.with_suffix(""), ignore_errors=True)
+                note.unlink(missing_ok=True)
+        except OSError:
+            continue  # another daemon did it
+    folder.with_suffix(_NOTE).write_bytes(os.fsencode(home.data))
 
 
 def running_spec(store: Store, job: JobId) -> JobSpec | None:
@@ -118,9 +139,9 @@ async def make_checkpoints(
     replication = Replication(config.replication, own, ports, counters)
     folder = home.state / "checkpoints"
     flow = CheckpointFlow(own, store, blobs, content, replication, folder)
-    kept = await trio.to_thread.run_sync(
-        HotStore, hot_folder(home), config.train.hot_memory_bytes
-    )
+    hot = hot_folder(home)
+    await trio.to_thread.run_sync(claim_hot_folder, home, hot)
+    kept = await trio.to_thread.run_sync(HotStore, hot, config.train.hot_memory_bytes)
     made: list[Checkpoints] = []
     hot_ports = HotPorts(
         rpc,
