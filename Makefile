@@ -49,6 +49,7 @@ bench: bench-setup  ## All benchmarks, appended to benchmarks/results/*.jsonl
 	$(BIN)/python -m benchmarks.bulk --json
 	$(BIN)/python -m benchmarks.nat --json
 	$(BIN)/python -m benchmarks.store --json
+	$(BIN)/python -m benchmarks.simulator --json
 	$(BIN)/python -m benchmarks.checkpoints --json
 
 fmt: $(STAMP)  ## Format and sort imports
