@@ -8,18 +8,20 @@ a small cache, hashed, and copied from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from checkpoints.boxes import Box, flat_boxes, inside, intersect, runs, whole
+from typing_extensions import override
+
+from checkpoints.box_reader import BoxReader
+from checkpoints.boxes import Box, intersect, runs, whole
 from checkpoints.directories import disk_errors, locate
 from checkpoints.dtypes import item_bytes, tensor_bytes
 from checkpoints.formats.source import Ignored
-from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -29,12 +31,11 @@ from checkpoints.manifest import (
     root_of,
 )
 from checkpoints.manifest_checks import load_manifest_untrusted
-from checkpoints.parts import WINDOW_BYTES
 from checkpoints.verified_file import BlockCache, VerifiedFile
-from fabric.core.errors import ConfigError, IntegrityError
+from fabric.core.errors import IntegrityError
 
 
-class CheckpointReader:
+class CheckpointReader(BoxReader[TensorEntry]):
     """A committed checkpoint, open for reading by one thread.
 
     Args:
@@ -52,17 +53,17 @@ class CheckpointReader:
 
     def __init__(self, path: Path, *, root: str = "") -> None:
         location = locate(path)
-        self.path = location.path
-        data = _read_manifest_bytes(self.path)
+        data = _read_manifest_bytes(location.path)
         self.root = root_of(data)
         for wanted in (root, location.root):
             if wanted and wanted != self.root:
                 raise IntegrityError(
-                    f"{self.path}: root {self.root}, wanted {wanted}",
+                    f"{location.path}: root {self.root}, wanted {wanted}",
                     code="E_ROOT",
                     next_step="the manifest was changed or is another step's",
                 )
         self.manifest: Manifest = load_manifest_untrusted(data)
+        super().__init__(location.path, self.manifest.tensors, self.manifest.aliases)
         self._files: dict[str, VerifiedFile] = {}
         self._cache = BlockCache()
         self._closing = ExitStack()
@@ -92,11 +93,6 @@ class CheckpointReader:
         return other
 
     @property
-    def aliases(self) -> Mapping[str, str]:
-        """Name -> name of the stored tensor it is tied to."""
-        return self.manifest.aliases
-
-    @property
     def state(self) -> Mapping[str, Json]:
         """Everything that is not a tensor."""
         return self.manifest.state
@@ -105,91 +101,12 @@ class CheckpointReader:
         """Return the boxes in which a tensor is stored."""
         return [chunk.box for chunk in self.entry(name).chunks]
 
-    def names(self) -> list[str]:
-        """Return the names of all tensors and aliases, sorted."""
-        return sorted([*self.manifest.tensors, *self.manifest.aliases])
-
-    def entry(self, name: str) -> TensorEntry:
-        """Return the entry of a tensor or of an alias's target.
-
-        Raises:
-            ConfigError: there is none of that name.
-        """
-        entry = self.manifest.tensors.get(self.manifest.aliases.get(name, name))
-        if entry is None:
-            raise ConfigError(
-                f"no tensor {name!r} in {self.path}",
-                code="E_NO_TENSOR",
-                next_step="`fabric-ckpt inspect` lists the names",
-            )
-        return entry
-
-    def read_box(
-        self,
-        name: str,
-        offsets: Sequence[int],
-        sizes: Sequence[int],
-        out: bytearray | memoryview,
-        *,
-        dtype: str = "",
-    ) -> None:
-        """Fill ``out`` with one box of a tensor, row-major.
-
-        Args:
-            name: Tensor or alias.
-            offsets: First element in each dimension.
-            sizes: Elements in each dimension.
-            out: Writable, of exactly the box's bytes.
-            dtype: Element type that the caller expects; empty = whatever is stored.
-
-        Raises:
-            ConfigError: no such tensor or box, or of another type: nothing is cast.
-            IntegrityError: a touched block is not what the manifest says; ``out`` is
-                then undefined.
-        """
-        entry = self.entry(name)
-        if dtype and dtype != entry.dtype:
-            raise ConfigError(
-                f"{name!r} is {entry.dtype}, wanted {dtype}",
-                code="E_DTYPE",
-                next_step="load it as stored and convert it yourself",
-            )
-        box = Box(tuple(offsets), tuple(sizes))
-        if not inside(box, entry.shape):
-            raise ConfigError(
-                f"{name!r}: {box} outside shape {list(entry.shape)}", code="E_BOUNDS"
-            )
-        view = memoryview(out).cast("B")
-        if len(view) != tensor_bytes(entry.dtype, box.sizes):
-            raise ValueError(f"{name!r}: buffer of {len(view)} B for {box}")
-        if view:
-            self._fill(entry, box, view)
-
     def read_tensor(self, name: str) -> bytearray:
         """Return all bytes of a tensor, row-major."""
         entry = self.entry(name)
         out = bytearray(tensor_bytes(entry.dtype, entry.shape))
         self.read_box(name, whole(entry.shape).offsets, entry.shape, out)
         return out
-
-    def windows(self, name: str, window_bytes: int = WINDOW_BYTES) -> Iterator[Buffer]:
-        """Yield a tensor's bytes in row-major order, in bounded memory.
-
-        Each buffer is overwritten by the next.
-        """
-        entry = self.entry(name)
-        item = item_bytes(entry.dtype)
-        total = whole(entry.shape).volume
-        step = max(1, window_bytes // item)
-        view = memoryview(bytearray(min(step, total) * item))
-        for begin in range(0, total, step):
-            end = min(begin + step, total)
-            at = 0
-            for box in flat_boxes(entry.shape, begin, end):
-                stop = at + box.volume * item
-                self._fill(entry, box, view[at:stop])
-                at = stop
-            yield view[:at]
 
     def file(self, name: str) -> VerifiedFile:
         """Return an open file of the checkpoint.
@@ -204,6 +121,7 @@ class CheckpointReader:
             self._files[name] = self._closing.enter_context(opened)
         return self._files[name]
 
+    @override
     def _fill(self, entry: TensorEntry, box: Box, out: memoryview) -> None:
         item = item_bytes(entry.dtype)
         filled = 0

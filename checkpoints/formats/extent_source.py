@@ -13,31 +13,29 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from math import prod
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
 import msgspec
+from typing_extensions import override
 
+from checkpoints.box_reader import BoxReader
 from checkpoints.boxes import (
     Box,
     Index,
-    flat_boxes,
     inside,
     intersect,
     runs,
     strides_of,
     tiling_fault,
 )
-from checkpoints.dtypes import item_bytes, tensor_bytes
+from checkpoints.dtypes import item_bytes
 from checkpoints.formats.checksums import Checksum, Checksums
 from checkpoints.formats.source import Ignored
-from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import Json
-from checkpoints.parts import WINDOW_BYTES
 from checkpoints.strided import Grid, copy_strided
-from fabric.core.errors import ConfigError, IntegrityError
+from fabric.core.errors import IntegrityError
 
 MAX_OPEN_FILES = 64
 SPAN_BYTES = 4 << 20
@@ -77,7 +75,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
     extents: tuple[Extent, ...]
 
 
-class ExtentSource:
+class ExtentSource(BoxReader[StoredTensor]):
     """See :class:`checkpoints.formats.source.Source`.
 
     Args:
@@ -108,18 +106,16 @@ class ExtentSource:
         ignored: Sequence[Ignored] = (),
         checksums: Sequence[Checksum] = (),
     ) -> None:
+        super().__init__(path, dict(tensors), dict(aliases or {}))
         self.format = format_name
-        self.path = path
-        self.aliases: Mapping[str, str] = dict(aliases or {})
         self.state: Mapping[str, Json] = dict(state or {})
         self.ignored: Sequence[Ignored] = tuple(ignored)
         self._base = base
-        self._tensors = dict(tensors)
         self._checksums = Checksums(checksums)
         self._open: OrderedDict[str, int] = OrderedDict()
         self._scratch = bytearray()
         for alias, target in self.aliases.items():
-            if alias in self._tensors or target not in self._tensors:
+            if alias in self._stored or target not in self._stored:
                 raise IntegrityError(f"alias {alias!r} of {target!r}", code="E_ALIAS")
         try:
             self._check()
@@ -150,72 +146,11 @@ class ExtentSource:
         other._scratch = bytearray()
         return other
 
-    def names(self) -> list[str]:
-        """Return the names of all tensors and aliases, sorted."""
-        return sorted([*self._tensors, *self.aliases])
-
-    def entry(self, name: str) -> StoredTensor:
-        """Return a tensor, or an alias's target.
-
-        Raises:
-            ConfigError: there is none of that name.
-        """
-        entry = self._tensors.get(self.aliases.get(name, name))
-        if entry is None:
-            raise ConfigError(
-                f"no tensor {name!r} in {self.path}",
-                code="E_NO_TENSOR",
-                next_step="`fabric-ckpt inspect` lists the names",
-            )
-        return entry
-
     def boxes(self, name: str) -> Sequence[Box]:
         """Return the boxes in which a tensor is stored."""
         return [extent.box for extent in self.entry(name).extents]
 
-    def read_box(
-        self,
-        name: str,
-        offsets: Sequence[int],
-        sizes: Sequence[int],
-        out: bytearray | memoryview,
-        *,
-        dtype: str = "",
-    ) -> None:
-        """Fill ``out`` with one box of a tensor; see ``Source.read_box``."""
-        entry = self.entry(name)
-        if dtype and dtype != entry.dtype:
-            raise ConfigError(
-                f"{name!r} is {entry.dtype}, wanted {dtype}",
-                code="E_DTYPE",
-                next_step="read it as stored and convert it yourself",
-            )
-        box = Box(tuple(offsets), tuple(sizes))
-        if not inside(box, entry.shape):
-            raise ConfigError(
-                f"{name!r}: {box} outside shape {list(entry.shape)}", code="E_BOUNDS"
-            )
-        view = memoryview(out).cast("B")
-        if len(view) != tensor_bytes(entry.dtype, box.sizes):
-            raise ValueError(f"{name!r}: buffer of {len(view)} B for {box}")
-        if view:
-            self._fill(entry, box, view)
-
-    def windows(self, name: str, window_bytes: int = WINDOW_BYTES) -> Iterator[Buffer]:
-        """Yield a tensor's bytes in row-major order; each buffer is overwritten."""
-        entry = self.entry(name)
-        item = item_bytes(entry.dtype)
-        total = prod(entry.shape)
-        step = max(1, window_bytes // item)
-        view = memoryview(bytearray(min(step, total) * item))
-        for begin in range(0, total, step):
-            at = 0
-            for box in flat_boxes(entry.shape, begin, min(begin + step, total)):
-                stop = at + box.volume * item
-                self._fill(entry, box, view[at:stop])
-                at = stop
-            yield view[:at]
-
+    @override
     def _fill(self, entry: StoredTensor, box: Box, out: memoryview) -> None:
         item = item_bytes(entry.dtype)
         filled = 0
@@ -283,7 +218,7 @@ class ExtentSource:
 
     def _check(self) -> None:
         sizes: dict[str, int] = {}
-        for name, entry in self._tensors.items():
+        for name, entry in self._stored.items():
             _check_tiling(name, entry)
             item = item_bytes(entry.dtype)
             for extent in entry.extents:

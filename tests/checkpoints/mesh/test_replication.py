@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 QUICK = ReplicationConfig(
     period_seconds=0.05,
     lost_after_seconds=1.5,
-    retry_seconds=60,
+    retry_seconds=3,
     call_timeout_seconds=2,
 )
 
