@@ -151,11 +151,10 @@ class Replication:
         """Look once and act; return whether there may be more to do at once."""
         heads = self._ports.heads
         newest = {run: heads.newest(run) for run in heads.runs()}
-        wants = wants_of(newest)
         now = trio.current_time()
-        table.set_wants(wants, now)
+        table.set_wants(wants_of(newest), now)
         table.set_members(self._ports.domains())
-        await self._remove_retired(wants, frozenset(r for r, h in newest.items() if h))
+        await self._remove_retired()
         await self._note_own(table)
         await self._ask_others(table)
         if not self._config.enabled:
@@ -178,16 +177,20 @@ class Replication:
             await self._erasure.restore(want)
         return await self._erasure.announce(newest)
 
-    async def _remove_retired(
-        self, wants: Collection[Want], runs: Collection[str]
-    ) -> None:
+    async def _remove_retired(self) -> None:
         """Remove what is kept for runs that have newer checkpoints now."""
-        wanted = {(want.run, want.root) for want in wants}
         kept = await trio.to_thread.run_sync(self._ports.blobs.keeps.kept)
         for run, roots in kept.items():
-            for root in roots if run in runs else ():
-                if (run, root) not in wanted:
+            for root in roots:
+                # Heads are read after the marks, and again for each root: what was
+                # marked a moment ago is protected, or has its head by now.
+                if self._is_retired(root, run):
                     await self._remove(root, run, "retired")
+
+    def _is_retired(self, root: BlobId, run: str) -> bool:
+        newest = self._ports.heads.newest(run)
+        wanted = {want.root for want in wants_of({run: newest})}
+        return bool(newest) and root not in wanted
 
     async def _remove(self, root: BlobId, run: str, why: str) -> None:
         """Keep ``root`` no longer for ``run``; its blocks go if nobody wants them."""

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 QUICK = ReplicationConfig(
     period_seconds=0.05,
     lost_after_seconds=1.5,
-    retry_seconds=3,
+    retry_seconds=60,
     call_timeout_seconds=2,
 )
 
@@ -97,11 +97,13 @@ class World:
     async def publish(self, peer, step, *, size=3 * BLOCK_BYTES + 5, **head):
         data = random.Random(step).randbytes(size)
         root = peer.blobs.add_bytes(data, f"step-{step}")
-        peer.blobs.keeps.keep(root, "run")
         head = CheckpointHead(
             root=root, bytes=size, round=step, writer=peer.own, **head
         )
-        await self.services[peer.own]._ports.heads.put("run", step, head)
+        service = self.services[peer.own]
+        with service.protected(root):
+            peer.blobs.keeps.keep(root, "run")
+            await service._ports.heads.put("run", step, head)
         return root
 
     def holders(self, root):
@@ -213,6 +215,27 @@ async def test_a_full_disk_is_passed_over_with_its_reason(world, caplog):
     big = await world.join("f")
     await world.until(lambda: big.blobs.has(root))
     assert not small.blobs.has(root)
+
+
+async def test_a_step_published_in_the_middle_of_a_look_stays(world, monkeypatch):
+    a, b = [await world.join(name) for name in "ab"]
+    first = await world.publish(a, 1, keep=2)
+    await world.until(lambda: len(world.holders(first)) == 2)
+    token, published, wanted = trio.lowlevel.current_trio_token(), [], a.blobs.keeps
+    marks = wanted.kept
+
+    async def publish():
+        published.append(await world.publish(a, 2, keep=2))
+
+    def kept():
+        """Publish a step after the look at its heads and before that at its marks."""
+        if not published:
+            trio.from_thread.run(publish, trio_token=token)
+        return marks()
+
+    monkeypatch.setattr(wanted, "kept", kept)
+    await world.until(lambda: published and len(world.holders(published[0])) == 2)
+    assert a.blobs.has(published[0])
 
 
 async def test_what_a_crash_left_without_a_head_goes(world):
