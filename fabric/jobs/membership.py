@@ -1,7 +1,9 @@
 """Does this peer want a place in a job's next generation? Joining, leaving, failing.
 
-A peer asks until a generation lists it. After a failed worker it waits, longer each
-time, and asks again; after MAX_WORKER_FAILURES it leaves the job to others.
+A peer asks until a generation lists it: once per patience, and sooner when it learns of
+another coordinator than the one it asked, or when that one refused. After a failed
+worker it waits, longer each time, and asks again; after MAX_WORKER_FAILURES it leaves
+the job to others.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from fabric.core.ids import PeerId
 
 MAX_WORKER_FAILURES = 3
 """After so many failed workers this peer no longer asks to take part."""
+REFUSED = 0.25
+"""Share of a patience until a peer asks again that was refused: who takes over a job
+refuses until it has."""
 
 
 class Membership:
@@ -27,6 +32,7 @@ class Membership:
         self.joins = False
         self.leaving = False
         self.hint: PeerId | None = None
+        self._asked: PeerId | None = None
         self.failure = ""
         """Why the last worker failed, or empty."""
 
@@ -36,9 +42,13 @@ class Membership:
         return self._failures >= MAX_WORKER_FAILURES
 
     def wish(self, joins: bool, hint: PeerId | None, now: float) -> None:
-        """Set whether we want to take part, and whom to ask if we know better."""
+        """Set whether we want to take part, and whom to ask if we know better.
+
+        Whoever asked one that is gone must not wait for it: a short job would be over.
+        """
         self.hint = hint
-        if joins and not self.joins:
+        moved = None not in (hint, self._asked) and hint != self._asked
+        if joins and (moved or not self.joins):
             self._due = now
         self.joins = joins
 
@@ -53,7 +63,7 @@ class Membership:
 
     def worker_failed(self, reason: str, now: float) -> None:
         """A worker failed: ask for a place again, but later each time."""
-        self.leaving = False
+        self.leaving, self._asked = False, None
         self.failure = reason
         self._failures += 1
         if self.gave_up:
@@ -65,9 +75,14 @@ class Membership:
         if self.joins:
             self._due = min(self._due, now)
 
-    def asked(self, now: float) -> None:
-        """We asked; ask again after a patience."""
-        self._due = now + self._patience
+    def asked(self, peer: PeerId, now: float) -> None:
+        """We asked ``peer``; ask again after a patience."""
+        self._asked, self._due = peer, now + self._patience
+
+    def refused(self, peer: PeerId, now: float) -> None:
+        """``peer`` answered that it gives no places."""
+        if peer == self._asked:
+            self._due = min(self._due, now + REFUSED * self._patience)
 
     def asks(self, now: float, *, placed: bool, has_state: bool) -> bool:
         """Return whether to ask for a place now.

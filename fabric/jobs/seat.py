@@ -305,8 +305,15 @@ class Seat:
             self._tenure.outbox.answered(peer, request)
         if isinstance(reply, Nack | Standing) and reply.committed is not None:
             self._tenure.learn(Commit(reply.committed, reply.proof), now)
-        if isinstance(request, Save) and isinstance(reply, Nack) and not retry:
+        if isinstance(reply, Nack) and not retry:
+            self._refused(peer, request, now)
+
+    def _refused(self, peer: PeerId, request: JobMessage, now: float) -> None:
+        """``peer`` refused ``request`` for good."""
+        if isinstance(request, Save):
             self._tenure.save_refused(peer, request)
+        elif isinstance(request, Join):
+            self._tenure.membership.refused(peer, now)
 
     def connection_broke(self, peer: PeerId, now: float) -> None:
         """The connection with ``peer`` broke: look at once whether it still lives."""

@@ -244,8 +244,8 @@ class Tenure:
         mine = self.me in self.committed.participants
         if mine and not placed and self.acceptor.fenced:
             return  # our promise is about a generation that will list us
-        self.membership.asked(now)
         target = self.membership.hint or self.committed.coordinator
+        self.membership.asked(target, now)
         if self.me not in (target, self.committed.coordinator):
             self.outbox.put(target, "join", Join(self.job), now)
         elif self.chair is not None:

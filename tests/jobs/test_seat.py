@@ -62,6 +62,23 @@ def test_a_newcomer_joins_at_a_round_boundary_and_fetches(make_net):
     assert net.ids[4] not in last.sources
 
 
+def test_a_newcomer_that_asked_the_dead_asks_the_successor_at_once(make_net):
+    """A short job would be over when the patience with the dead one is."""
+    net = make_net(5, min_peers=4, rounds=60)
+    for i in range(4):
+        net.start(i)
+    assert net.run(30, lambda: any(r == 1 for _, r in net.decisions))
+    epoch, newcomer = max(net.commits), net.ids[4]
+    net.kill(0)
+    net.run(0.9 * PATIENCE)
+    net.start(4)
+    assert net.run(30, lambda: max(net.commits) > epoch)
+    assert newcomer not in net.commits[max(net.commits)].participants
+    assert net.run(
+        0.5 * PATIENCE, lambda: newcomer in net.commits[max(net.commits)].participants
+    )
+
+
 @pytest.mark.parametrize("late", [0.2, 0.5, 1.5, 3.0])
 def test_a_newcomer_that_catches_up_does_not_stop_the_run(make_net, late):
     """Its first round is decided late without it; then it applies that decision."""

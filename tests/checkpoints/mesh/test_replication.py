@@ -218,7 +218,7 @@ async def test_a_full_disk_is_passed_over_with_its_reason(world, caplog):
 
 
 async def test_a_step_published_in_the_middle_of_a_look_stays(world, monkeypatch):
-    a, b = [await world.join(name) for name in "ab"]
+    a, _ = [await world.join(name) for name in "ab"]
     first = await world.publish(a, 1, keep=2)
     await world.until(lambda: len(world.holders(first)) == 2)
     token, published, wanted = trio.lowlevel.current_trio_token(), [], a.blobs.keeps
