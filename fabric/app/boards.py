@@ -15,7 +15,8 @@ from fabric.app.peer_names import name_of
 from fabric.core.errors import RemoteRefused
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.board import Board, Override, edits_of, read_board
-from fabric.jobs.spec import CODEC, JobSpec
+from fabric.jobs.spec import JobSpec
+from fabric.jobs.submission import read_spec_untrusted
 
 if TYPE_CHECKING:
     from fabric.app.session import Session
@@ -76,7 +77,7 @@ def board_view(session: Session, job: JobId) -> BoardView:
 
 
 def _spec(store: Store, job: JobId) -> JobSpec:
-    return CODEC.decode_untrusted(store.jobs.spec(job) or b"")
+    return read_spec_untrusted(job, store.jobs.spec(job) or b"")
 
 
 def _line(session: Session, item: Item, text: str) -> BoardLine:

@@ -28,7 +28,8 @@ from fabric.core.signing import Signer
 from fabric.core.telemetry import Counters
 from fabric.jobs.seat import Seat
 from fabric.jobs.service import JobsService
-from fabric.jobs.spec import CODEC, JobSpec
+from fabric.jobs.spec import JobSpec
+from fabric.jobs.submission import read_spec_untrusted
 from fabric.net.paths_api import BulkPaths
 from fabric.net.rpc_api import Rpc
 from training.hot_service import HotPorts, HotService
@@ -72,7 +73,7 @@ def running_spec(store: Store, job: JobId) -> JobSpec | None:
     if raw is None or (status is not None and status.final):
         return None
     try:
-        return CODEC.decode_untrusted(raw)
+        return read_spec_untrusted(job, raw)
     except RemoteProtocolError:
         return None
 

@@ -30,6 +30,8 @@ DOMAIN_EVIDENCE = b"fabric/evidence/1\0"
 """Software evidence shown to a verifier."""
 DOMAIN_ALIVE = b"fabric/alive/1\0"
 """Claims that a peer lives in an incarnation (crdt_store/liveness)."""
+DOMAIN_JOB = b"fabric/job/1\0"
+"""Specs of jobs, by their submitters (fabric/jobs/submission.py)."""
 DOMAIN_ENVELOPE = b"fabric/envelope/1\0"
 """Everything in a :class:`Signed` envelope."""
 

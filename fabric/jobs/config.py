@@ -26,3 +26,6 @@ class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How often what is kept of jobs that are over is looked through."""
     max_ended: int = 64
     """Jobs that ended here whose events are kept, the last to end."""
+    max_scratch: int = 8
+    """Jobs that are over whose scratch directory stays, for people who read its
+    ``worker.log``; the last used."""

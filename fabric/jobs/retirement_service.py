@@ -4,13 +4,17 @@
     the job is over                       *closed*: nothing is left but that we are done
     its spec has left the mesh too        forgotten: nobody can ask about it any more
 
+Its scratch directory stays for a while, for people who read the worker's log.
+
 A closed job stays over here even if the status that said so is voided later.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, MutableMapping
+import shutil
+from collections.abc import Collection, Mapping, MutableMapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import trio
@@ -87,3 +91,36 @@ async def retire(store: JobStore, live: Collection[JobId]) -> None:
             await store.close_promise(job)
     if gone:
         await store.forget_promises(frozenset(gone))
+
+
+async def keep_tidying(
+    store: JobStore, tasks: Mapping[JobId, Task], config: JobsConfig, root: Path
+) -> None:
+    """Remove old scratch directories from time to time until cancelled.
+
+    Args:
+        store: Knows what is over.
+        tasks: By job.
+        config: Periods and bounds.
+        root: Holds a directory per job.
+    """
+    while True:
+        await trio.sleep(config.retire_seconds)
+        live = {job for job, task in tasks.items() if not task.ended}
+        live |= {job for job in store.specs() if not is_known_over(store, job)}
+        await trio.to_thread.run_sync(remove_scratch, root, live, config.max_scratch)
+
+
+def remove_scratch(root: Path, live: Collection[str], keep: int) -> None:
+    """Remove the directories in ``root`` of jobs that are not ``live``.
+
+    The last ``keep`` to be changed stay. What cannot be removed is tried again next
+    time.
+    """
+    try:
+        over = [path for path in root.iterdir() if path.name not in live]
+        over.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    except OSError:  # not made yet, or a directory vanished
+        return
+    for path in over[keep:]:
+        shutil.rmtree(path, ignore_errors=True)

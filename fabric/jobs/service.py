@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import trio
 
 from fabric.core.errors import (
@@ -38,27 +37,21 @@ from fabric.jobs.event_log import (
     last_event,
 )
 from fabric.jobs.job_service import METHOD, JobTask
-from fabric.jobs.messages import (
-    CODEC,
-    Nack,
-    Setting,
-    job_of,
-)
-from fabric.jobs.ports import (
-    HotStates,
-    JobStore,
-    MemberFacts,
-    Members,
-    OnCheckpoint,
-)
+from fabric.jobs.messages import CODEC, Nack, Setting, job_of
+from fabric.jobs.ports import HotStates, JobStore, MemberFacts, Members, OnCheckpoint
 from fabric.jobs.promises import RECORD
-from fabric.jobs.retirement_service import is_known_over, keep_retiring
+from fabric.jobs.retirement_service import (
+    is_known_over,
+    keep_retiring,
+    keep_tidying,
+)
 from fabric.jobs.runner import RunnerFactory
 from fabric.jobs.runner_service import Context, RunnerHost
 from fabric.jobs.seat import Seat
 from fabric.jobs.spec import CODEC as SPEC_CODEC
 from fabric.jobs.spec import JobSpec, check_spec, job_id
 from fabric.jobs.states import JobStatus, Pause, is_over
+from fabric.jobs.submission import read_spec_untrusted, sign_spec
 from fabric.jobs.views import JobView, view_of_seat, view_of_status
 from fabric.net.rpc_api import Rpc
 
@@ -113,6 +106,8 @@ class JobsService:
         self._me = signer.peer_id
         self._tasks: dict[JobId, JobTask] = {}
         self._left: set[JobId] = set()
+        self._refused: set[JobId] = set()
+        """Specs that nobody can run; read once."""
         self._wake = trio.Event()
 
     async def run(
@@ -126,7 +121,9 @@ class JobsService:
             nursery.start_soon(self._watch)
             nursery.start_soon(self._watch_connections)
             self._refresh(nursery)
-            nursery.start_soon(keep_retiring, self._store, self._tasks, self._config)
+            kept = self._store, self._tasks, self._config
+            nursery.start_soon(keep_retiring, *kept)
+            nursery.start_soon(keep_tidying, *kept, self._scratch_root)
             task_status.started()
             while True:
                 with trio.move_on_after(self._config.refresh_seconds):
@@ -152,8 +149,10 @@ class JobsService:
 
     def _refresh(self, nursery: trio.Nursery) -> None:
         """Start a task for every job that is not over."""
-        for job, raw in self._store.specs().items():
-            if job in self._tasks:
+        specs = self._store.specs()
+        self._refused &= specs.keys()
+        for job, raw in specs.items():
+            if job in self._tasks or job in self._refused:
                 continue
             if is_known_over(self._store, job):
                 continue
@@ -161,13 +160,14 @@ class JobsService:
             if running >= self._config.max_jobs:
                 return
             try:
-                spec = SPEC_CODEC.decode_untrusted(raw)
-            except RemoteProtocolError:
+                spec = read_spec_untrusted(job, raw)
+            except RemoteProtocolError as exc:
+                self._refused.add(job)
                 self._counters.add(PROTOCOL_ERRORS, label="jobs")
+                logger.warning("jobs.refused job=%s reason=%s", job[:8], exc.reason)
                 continue
-            if job_id(spec) == job and spec.submitter:
-                task = self._open(job, spec)
-                nursery.start_soon(task.run)
+            task = self._open(job, spec)
+            nursery.start_soon(task.run)
 
     def _open(self, job: JobId, spec: JobSpec) -> JobTask:
         raw = self._store.promise(job)
@@ -259,8 +259,7 @@ class JobsService:
                 reason, next_step=f"pip install 'peerfabric[{spec.kind}]'"
             )
         check_means(spec, self._members())
-        nonce = secrets.token_hex(16)
-        ours = msgspec.structs.replace(spec, submitter=self._me, nonce=nonce)
+        ours = sign_spec(spec, self._signer, secrets.token_hex(16))
         job = job_id(ours)
         await self._store.put_spec(job, SPEC_CODEC.encode(ours))
         self._wake.set()
@@ -326,7 +325,7 @@ class JobsService:
                 continue
             status = self._store.status(job)
             try:
-                spec = SPEC_CODEC.decode_untrusted(raw)
+                spec = read_spec_untrusted(job, raw)
             except RemoteProtocolError:
                 continue
             views.append(view_of_status(job, spec, status))

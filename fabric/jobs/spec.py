@@ -134,7 +134,8 @@ class CheckpointSpec(
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a peer must know to take part.
 
-    The submitting daemon fills in ``submitter``, ``nonce`` and ``resume_round``.
+    The submitting daemon fills in ``submitter``, ``nonce``, ``resume_round`` and
+    ``signature`` (``submission.py``).
     """
 
     version: Literal[1] = 1
@@ -153,6 +154,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The round that checkpoint starts; read from it by the submitting daemon."""
     submitter: Annotated[str, msgspec.Meta(max_length=64)] = ""
     nonce: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    """The submitter's, over the encoding without it."""
 
 
 CODEC: Codec[JobSpec] = Codec(JobSpec, max_bytes=4096)

@@ -5,7 +5,7 @@ import pytest
 from fabric.core.errors import ConfigError
 from fabric.jobs.spec import CODEC, JobSpec, check_spec, job_id, load_spec, spec_of
 
-GOLDEN_ID = "e6a534317c2aa5b9b7e046d96947eb95783c10d4e4b2220eaf2f44c1af591f08"
+GOLDEN_ID = "54ae575f4382c8c62c1b420e42055ff1ef0522fa801ef3d2ec7fd221b6b38932"
 GOLDEN_SPEC = JobSpec(name="golden", submitter="12D3KooWx", nonce="00ff")
 
 
