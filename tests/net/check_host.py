@@ -1,5 +1,6 @@
 """The contract of ``fabric.net.host.Host``, run against every implementation."""
 
+import resource
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -16,6 +17,12 @@ from fabric.net.ports import ALLOWED, Decision
 ECHO = "/fabric/echo/1"
 BINDING = "/fabric/binding/1"
 SECONDS = 5
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is in RAM."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 class ListGate:

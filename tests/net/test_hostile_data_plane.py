@@ -1,7 +1,6 @@
 """Strangers and members against the data plane: silence, replays, theft, floods."""
 
 import os
-import resource
 import socket
 import ssl
 import time
@@ -27,15 +26,11 @@ from fabric.net.offers import (
     OfferRequest,
 )
 from fabric.net.ports import PROTOCOL_OFFER
+from tests.net.check_host import resident_bytes
 from tests.net.test_data_plane import SIGNERS, A, B, network, until
 
 MANY = 2200
 pytestmark = pytest.mark.slow
-
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def where(node):

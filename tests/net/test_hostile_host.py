@@ -1,7 +1,5 @@
 """Strangers against the control plane: silence, trickles, lies, by the thousand."""
 
-import resource
-
 import pytest
 import trio
 from libp2p.io.exceptions import ConnectionClosedError
@@ -11,7 +9,7 @@ from fabric.core.errors import NoRoute, ResourceExhausted, Unavailable
 from fabric.core.signing import Ed25519Signer
 from fabric.net.libp2p_guard import MAX_HALF_OPEN, MAX_READ_BYTES, check_read
 from fabric.net.waiting_room import WaitingRoom
-from tests.net.check_host import echo, receive_all
+from tests.net.check_host import echo, receive_all, resident_bytes
 from tests.net.test_libp2p_host import host, port_of
 
 ECHO = "/fabric/echo/1"
@@ -19,11 +17,6 @@ HELLO = b"\x13/multistream/1.0.0\n"
 NOISE = b"\x07/noise\n"
 MANY = 2200
 pytestmark = [pytest.mark.slow]
-
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 async def open_many(port, count, said=b""):

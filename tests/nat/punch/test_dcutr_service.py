@@ -26,7 +26,7 @@ from nat.punch.messages import (
     decode_hole_punch_untrusted,
     encode_hole_punch,
 )
-from tests.net.check_host import ListGate
+from tests.net.check_host import ListGate, resident_bytes
 
 pytestmark = pytest.mark.slow
 QUICK = PunchConfig(
@@ -197,11 +197,13 @@ async def test_a_victim_that_is_named_again_and_again_hears_little():
                 partial(trio.serve_tcp, victim, 0, host="127.0.0.1")
             )
             addr = f"/ip4/127.0.0.1/tcp/{ears.socket.getsockname()[1]}"
+            before = resident_bytes()
             with trio.fail_after(20):
                 async with trio.open_nursery() as asking:
                     for _ in range(30):
                         asking.start_soon(ask_to_dial, two, one, (addr,) * 8)
             counted = one.counters.snapshot()
+            assert resident_bytes() - before < 16 << 20  # of both ends
             nursery.cancel_scope.cancel()
     assert counted[f"{REFUSALS}:E_PUNCH_BUSY"] >= 30 - 4
     assert 1 <= len(heard) <= 4  # one connection of each punch that was let in

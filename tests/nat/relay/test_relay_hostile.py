@@ -1,7 +1,5 @@
 """Abuse of a relay between real hosts: refused, counted, and nothing is left."""
 
-import resource
-
 import pytest
 import trio
 
@@ -28,13 +26,9 @@ from tests.nat.relay.relay_network import (
     reserved,
     until,
 )
+from tests.net.check_host import resident_bytes
 
 pytestmark = pytest.mark.slow
-
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 async def ask(who, hub, data):
@@ -135,6 +129,14 @@ async def test_a_flood_of_reservations_from_one_ip_ends_at_the_limit():
                 refused += ready == "E_RELAY_RESERVATION_REFUSED"
             assert (granted, refused) == (3, 3)
             assert hub.relay.book.num_reservations == 3
+            before = resident_bytes()
+            async with peer() as made:
+                await made.host.connect(hub.id, hub.host.addrs())
+                for _ in range(300):
+                    with pytest.raises(RemoteRefused):
+                        await reserve(made.host, hub.id)
+            assert hub.relay.book.num_reservations == 3
+            assert resident_bytes() - before < 16 << 20  # of both ends
             nursery.cancel_scope.cancel()
         await until(lambda: hub.relay.book.num_reservations == 0)
 
