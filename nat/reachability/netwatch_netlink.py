@@ -6,6 +6,7 @@ rtnetlink(7). Numbers are in the machine's byte order.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import struct
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ _NEWLINK, _DELLINK, _NEWADDR, _DELADDR = 16, 17, 20, 21
 _NEWROUTE, _DELROUTE, _NEWNEIGH, _DELNEIGH = 24, 25, 28, 29
 _ERROR, _DONE = 2, 3
 _REQUEST_DUMP = 0x1 | 0x300  # NLM_F_REQUEST | NLM_F_ROOT | NLM_F_MATCH
+_INTERRUPTED = 0x10  # NLM_F_DUMP_INTR
 _UP_AND_RUNNING = 0x1 | 0x40  # IFF_UP, IFF_RUNNING
 _TENTATIVE = 0x40 | 0x08  # IFA_F_TENTATIVE, IFA_F_DADFAILED
 _HAS_MAC = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # reachable, stale, delay, probe, permanent
@@ -65,7 +67,10 @@ class Neighbour(msgspec.Struct, frozen=True):
 
 
 class DumpEnded(msgspec.Struct, frozen=True):
-    """The end of a dump; ``error`` is an errno or 0."""
+    """The end of a dump; ``error`` is an errno or 0.
+
+    EINTR: what was dumped changed meanwhile, so the dump is not to be trusted.
+    """
 
     error: int = 0
 
@@ -87,12 +92,14 @@ def parse_untrusted(data: bytes) -> list[Message]:
     for _ in range(_MAX_MESSAGES):
         if at + _HEADER.size > len(data):
             break
-        size, kind, _, _, _ = _HEADER.unpack_from(data, at)
+        size, kind, flags, _, _ = _HEADER.unpack_from(data, at)
         if not _HEADER.size <= size <= len(data) - at:
             break
         message = _parse(kind, data[at + _HEADER.size : at + size])
         if message is not None:
             found.append(message)
+        if flags & _INTERRUPTED:
+            found.append(DumpEnded(errno.EINTR))
         at += _aligned(size)
     return found
 

@@ -2,11 +2,14 @@
 
 On Linux the kernel tells; what it tells is only a reason to look, because it does not
 tell everything (routes that go with a link go silently). So after a moment's gathering
-all is asked for anew, and the difference is the news.
+all is asked for anew, and the difference is the news. What was not seen whole, because
+the machine is busy or the network changed meanwhile, is no view: nothing is said to be
+gone that was only not seen.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
@@ -37,7 +40,9 @@ GATHER_SECONDS = 0.5
 POLL_SECONDS = 5.0
 """Where the kernel does not tell."""
 DUMP_SECONDS = 2.0
-"""The kernel answers in milliseconds; never is a bug that must not stop the watch."""
+"""The kernel answers in milliseconds, but we may be too busy to read it."""
+FIRST_LOOKS = 3
+"""Looks in vain after which the kernel is not asked at all."""
 EVENT_ROOM = 16
 """A listener that lags behind so many changes starts anew anyway."""
 _RECEIVE_BYTES = 65536
@@ -52,6 +57,7 @@ class NetworkWatcher:
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._core = NetworkWatch()
+        self._asks_kernel = sys.platform == "linux"
         self._listeners: list[trio.MemorySendChannel[NetworkChanged]] = []
 
     def view(self) -> NetworkView:
@@ -65,12 +71,16 @@ class NetworkWatcher:
         return receive
 
     async def start(self) -> None:
-        """Look for the first time."""
-        self._core.start(await _look())
+        """Look for the first time, and so decide how from now on."""
+        view = None
+        for _ in range(FIRST_LOOKS if self._asks_kernel else 0):
+            view = view or await _look()
+        self._asks_kernel = view is not None
+        self._core.start(view or _own_addresses())
 
     async def watch(self) -> None:
         """Publish changes until cancelled."""
-        if sys.platform == "linux":
+        if self._asks_kernel:
             await self._watch_netlink()
         while True:
             await trio.sleep(POLL_SECONDS)
@@ -84,19 +94,32 @@ class NetworkWatcher:
             log.warning("netwatch.polling reason=%s", exc)
             return
         with sock:
-            await self._look_again()  # what happened before we listened
+            await self._look_until_seen()  # what happened before we listened
             while True:
                 if not self._core.matters(await _receive(sock)):
                     continue
                 with trio.move_on_after(GATHER_SECONDS):
                     while True:
                         await _receive(sock)
-                await self._look_again()
+                await self._look_until_seen()
 
-    async def _look_again(self) -> None:
-        changed = self._core.update(await _look())
-        if changed is None:
-            return
+    async def _look_until_seen(self) -> None:
+        while True:
+            if await self._look_again():
+                return
+            await trio.sleep(GATHER_SECONDS)
+
+    async def _look_again(self) -> bool:
+        """Publish what is different now; False when it could not be seen."""
+        view = await _look() if self._asks_kernel else _own_addresses()
+        if view is None:
+            return False
+        changed = self._core.update(view)
+        if changed is not None:
+            self._publish(changed)
+        return True
+
+    def _publish(self, changed: NetworkChanged) -> None:
         log.info(
             "network.changed gone=%s new=%s gateway=%s",
             sorted(changed.gone_addresses),
@@ -148,20 +171,19 @@ async def _receive(sock: trio.socket.SocketType) -> list[Message]:
         data, sender = await sock.recvfrom(_RECEIVE_BYTES)
     except OSError as exc:  # ENOBUFS: it said more than we read
         log.debug("netwatch.overrun error=%r", exc)
-        return [DumpEnded()]
+        return [DumpEnded(errno.EINTR)]
     # any process may send to a netlink socket; only the kernel has port 0
     return parse_untrusted(data) if sender[0] == 0 else []
 
 
-async def _look() -> NetworkView:
-    """Return the network as it is now."""
-    if sys.platform == "linux":
-        try:
-            with trio.fail_after(DUMP_SECONDS):
-                return await _dump()
-        except (OSError, trio.TooSlowError) as exc:
-            log.debug("netwatch.dump_failed error=%r", exc)
-    return _own_addresses()
+async def _look() -> NetworkView | None:
+    """Return the network as the kernel has it now; None when it was not seen whole."""
+    try:
+        with trio.fail_after(DUMP_SECONDS):
+            return await _dump()
+    except (OSError, trio.TooSlowError) as exc:
+        log.debug("netwatch.dump_failed error=%r", exc)
+    return None
 
 
 async def _dump() -> NetworkView:
@@ -172,7 +194,10 @@ async def _dump() -> NetworkView:
             while True:
                 part = await _receive(sock)
                 messages += part
-                if any(isinstance(each, DumpEnded) for each in part):
+                ends = [each for each in part if isinstance(each, DumpEnded)]
+                if any(each.error == errno.EINTR for each in ends):
+                    raise InterruptedError("the dump is not whole")
+                if ends:
                     break
     return view_of(messages)
 

@@ -1,3 +1,4 @@
+import errno
 import ipaddress
 import json
 import os
@@ -142,8 +143,8 @@ def test_changes_add_up_to_the_last_view(first, later):
 # netlink
 
 
-def message(kind, body):
-    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+def message(kind, body, flags=0):
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, 0, 0) + body
 
 
 def attribute(kind, value):
@@ -185,6 +186,12 @@ def test_messages_of_the_kernel_are_read():
     ]
 
 
+def test_a_dump_that_a_change_interrupted_says_so():
+    link = struct.pack("=BBHiII", 0, 0, 1, 7, 0x41, 0)
+    found = parse_untrusted(message(16, link, 0x10) + message(3, bytes(4)))
+    assert found == [Link(7, True), DumpEnded(errno.EINTR), DumpEnded(0)]
+
+
 @pytest.mark.slow
 @given(
     st.one_of(
@@ -218,10 +225,10 @@ async def test_the_first_view_has_loopback_and_polling_gives_one_too():
 async def test_without_a_kernel_that_tells_it_polls(autojump_clock, monkeypatch):
     views = iter([seen("192.168.1.7"), seen("192.168.1.7"), seen("192.168.1.9")])
 
-    async def look():
+    def look():
         return next(views, seen("192.168.1.9"))
 
-    monkeypatch.setattr(netwatch_service, "_look", look)
+    monkeypatch.setattr(netwatch_service, "_own_addresses", look)
     monkeypatch.setattr(netwatch_service.sys, "platform", "other")
     async with open_netwatch(Counters()) as watcher:
         changes = watcher.changes()
@@ -229,6 +236,32 @@ async def test_without_a_kernel_that_tells_it_polls(autojump_clock, monkeypatch)
         changed = await changes.receive()
         assert changed.new_addresses == {"192.168.1.9"}
         assert trio.current_time() - began <= 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs netlink")
+async def test_what_was_not_seen_whole_is_not_gone(autojump_clock, monkeypatch):
+    """A machine that is too busy to look keeps its addresses, and looks again."""
+    calls = iter(["whole", "too late", "changed meanwhile", "whole", "moved"])
+
+    async def dump():
+        match next(calls, "moved"):
+            case "too late":
+                await trio.sleep_forever()
+            case "changed meanwhile":
+                raise InterruptedError
+            case "moved":
+                return seen("192.168.1.9")
+        return seen("192.168.1.7")
+
+    monkeypatch.setattr(netwatch_service, "_dump", dump)
+    async with open_netwatch(Counters()) as watcher:
+        changes = watcher.changes()
+        with trio.move_on_after(10) as waited:
+            await changes.receive()
+        assert waited.cancelled_caught
+        assert watcher.view() == seen("192.168.1.7")
+        assert await watcher._look_again()
+        assert (await changes.receive()).gone_addresses == {"192.168.1.7"}
 
 
 @pytest.mark.root
