@@ -42,8 +42,8 @@ def main() -> int:
 def keep_trio_out() -> None:
     """Let no library import trio: no process holds both trio and torch.
 
-    transformers imports an HTTP client that takes trio along where it is installed and
-    does without where the import fails, which None makes it do.
+    An HTTP client that a library brings along takes trio where it is installed and does
+    without where the import fails, which None makes it do.
     """
     sys.modules.setdefault("trio", None)  # type: ignore[arg-type]  # documented use
 
