@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Annotated, Generic, Protocol, TypeVar
 
 import msgspec
@@ -275,12 +275,16 @@ class Heads(View):
         """Return the runs that have, or had, a head."""
         return sorted({e.key.split("/")[1] for e in self._slots.under("c/")})
 
-    def all(self, run: str) -> dict[int, CheckpointHead]:
-        """Return the heads by step."""
+    def all(
+        self, run: str, authors: Collection[PeerId] | None = None
+    ) -> dict[int, CheckpointHead]:
+        """Return the heads by step; of ``authors`` alone, if given."""
         by_step: dict[int, list[tuple[Entry, CheckpointHead]]] = defaultdict(list)
         for entry in self._slots.under(f"c/{segment(run)}/"):
             step = entry.key.rsplit("/", 1)[1]
-            head = _HEAD.read(entry)
+            head = (
+                _HEAD.read(entry) if authors is None or entry.peer in authors else None
+            )
             if head is not None and head.root and step.isascii() and step.isdigit():
                 by_step[int(step)].append((entry, head))
         return {step: _agreed(found) for step, found in sorted(by_step.items())}

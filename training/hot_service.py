@@ -18,6 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -33,6 +34,7 @@ from fabric.core.errors import (
 from fabric.core.ids import JobId, PeerId, short
 from fabric.core.signing import Signer
 from fabric.jobs.promises import Held
+from fabric.jobs.restoration import Restored
 from fabric.jobs.spec import JobSpec
 from fabric.net.paths_api import BulkPaths
 from fabric.net.rpc_api import Rpc
@@ -55,6 +57,7 @@ from training.hot_messages import (
 from training.hot_store import HotState, HotStore
 from training.hot_transfer import pull, serve_hot
 from training.resumption import state_bytes
+from training.saved_states import SavedStates, copy_state
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,7 @@ class HotPorts:
         domains: Who is there, and where.
         spec_of: The spec of a job that is not over, or None.
         works: Whether a worker here holds a state of a job.
+        saved: Finds and brings checkpoints of jobs.
     """
 
     rpc: Rpc
@@ -85,6 +89,7 @@ class HotPorts:
     domains: Callable[[], Domains]
     spec_of: Callable[[JobId], JobSpec | None]
     works: Callable[[JobId], bool]
+    saved: SavedStates
 
 
 class HotService:
@@ -188,6 +193,38 @@ class HotService:
                 if await self._pull(peer, claim, answers[peer]):
                     return self.newest(job)
         return None
+
+    def checkpoint(
+        self, job: JobId, spec: JobSpec, participants: tuple[PeerId, ...]
+    ) -> int:
+        """Return the round of the newest checkpoint of ``job``; 0: there is none."""
+        return max(self._ports.saved.rounds(job, spec, participants), default=0)
+
+    async def restore(
+        self, job: JobId, spec: JobSpec, participants: tuple[PeerId, ...]
+    ) -> Restored:
+        """Keep the state of the newest checkpoint of ``job`` that can be had.
+
+        Raises:
+            FabricError: no peer in reach has one, or there is no room for it.
+        """
+        size = state_bytes(spec.model)
+
+        def sign(state: HotState) -> bytes:
+            claim = HotClaim(job, state.round, state.digest, size)
+            return ENVELOPE.encode(sign_claim(self._signer, claim))
+
+        async with self._ports.saved.opened(job, spec, participants) as saved:
+            state = await trio.to_thread.run_sync(
+                self._store.add,
+                job,
+                saved.round,
+                size,
+                partial(copy_state, saved.path, spec.model),
+                sign,
+            )
+        held = Held(state.round, state.digest, has_state=True)
+        return Restored(held, saved.root)
 
     async def forget(self, job: JobId) -> None:
         """Keep nothing of ``job``: it is over."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from fabric.core.ids import JobId
 from training.hot_messages import MAX_GENERATIONS
 
 _PART, _CLAIM = ".part", ".claim"
+_UNNAMED = "unnamed"
 
 
 class HotState(NamedTuple):
@@ -121,6 +123,39 @@ class HotStore:
                 self._remove(other)
             self._kept[state.job] = sorted([*others, state], key=lambda s: s.round)
             self._thin_out(state.job, MAX_GENERATIONS)
+
+    def add(
+        self,
+        job: JobId,
+        number: int,
+        size: int,
+        fill: Callable[[io.FileIO], None],
+        sign: Callable[[HotState], bytes],
+    ) -> HotState:
+        """Keep the state that ``fill`` writes; its name follows from its bytes.
+
+        Args:
+            job: Whose state it is.
+            number: The round that it starts.
+            size: Its bytes.
+            fill: Writes them.
+            sign: Makes the claim that goes with it.
+
+        Raises:
+            ResourceExhausted: it does not fit the budget.
+        """
+        unnamed = HotState(job, number, _UNNAMED)
+        self.abort(unnamed)
+        try:
+            with self.create(unnamed, size) as file:
+                fill(file)
+            part = self._path(unnamed, _PART)
+            state = unnamed._replace(digest=digest(_block_digests(part)).hex())
+            part.rename(self._path(state, _PART))
+        finally:
+            self.abort(unnamed)
+        self.commit(state, sign(state))
+        return state
 
     def abort(self, state: HotState) -> None:
         """Forget what was being written."""

@@ -76,7 +76,31 @@ def resume_round(spec: JobSpec, manifest: Manifest) -> int:
         ConfigError: the checkpoint is of another model or of no training job, or the
             job would be over already.
     """
-    wanted = resume_tensors(spec.model)
+    found = _state_round(spec.model, manifest)
+    rounds = spec.train.outer.rounds
+    if found >= rounds:
+        raise _refusal(
+            f"the checkpoint is of round {found}, the job ends at {rounds}",
+            f"raise train.outer.rounds above {found}: it counts from the first of all",
+        )
+    return found
+
+
+def check_state(model: ModelSpec, manifest: Manifest, round: int) -> None:
+    """Pass if a checkpoint holds the state of a run of ``model`` that starts ``round``.
+
+    Raises:
+        ConfigError: it is of another round or model, of no training job, or converted.
+    """
+    if (found := _state_round(model, manifest)) != round:
+        raise _refusal(
+            f"the checkpoint is of round {found}, wanted was {round}",
+            "its head names another checkpoint: wait for the next one of the run",
+        )
+
+
+def _state_round(model: ModelSpec, manifest: Manifest) -> int:
+    wanted = resume_tensors(model)
     present = {name: entry.shape for name, entry in manifest.tensors.items()}
     present |= {name: present[to] for name, to in manifest.aliases.items()}
     if not any(name.startswith(MOMENTUM) for name in present):
@@ -92,7 +116,7 @@ def resume_round(spec: JobSpec, manifest: Manifest) -> int:
             "`fabric-ckpt inspect --json` shows its spec",
         )
     _check_types(manifest, wanted)
-    return _check_round(spec, manifest)
+    return _round_of(manifest)
 
 
 def _check_types(manifest: Manifest, wanted: Iterable[str]) -> None:
@@ -101,22 +125,17 @@ def _check_types(manifest: Manifest, wanted: Iterable[str]) -> None:
         if dtype != "F32":
             raise _refusal(
                 f"{name} is {dtype}, a run goes on in F32",
-                "resume from the checkpoint as the run wrote it",
+                "resume from the checkpoint as the run wrote it: a cast rounds weights "
+                "or momentum, and the run would go on as another one",
             )
 
 
-def _check_round(spec: JobSpec, manifest: Manifest) -> int:
+def _round_of(manifest: Manifest) -> int:
     found = manifest.state.get("round")
     if not isinstance(found, int) or isinstance(found, bool) or found < 0:
         raise _refusal(
             "the checkpoint does not say which round it starts",
             "resume from a checkpoint of a run",
-        )
-    rounds = spec.train.outer.rounds
-    if found >= rounds:
-        raise _refusal(
-            f"the checkpoint is of round {found}, the job ends at {rounds}",
-            f"raise train.outer.rounds above {found}: it counts from the first of all",
         )
     return found
 

@@ -31,7 +31,7 @@ from fabric.app.content_messages import FetchedView
 from fabric.core.errors import ConfigError, IntegrityError
 from fabric.core.ids import BlobId, JobId, PeerId
 from fabric.jobs.spec import JobSpec
-from training.resumption import resume_round, resume_tensors
+from training.resumption import check_state, resume_round, resume_tensors
 
 FETCH_SECONDS = 3600.0
 """Longest a checkpoint may take to arrive; a stalled download fails much earlier."""
@@ -152,8 +152,26 @@ class CheckpointFlow:
             Unavailable: no reachable peer holds it.
             ConfigError: the job cannot go on from that checkpoint.
         """
+        await self.obtain_state(spec, spec.resume, spec.resume_round, target)
+
+    async def obtain_state(
+        self, spec: JobSpec, root: str, round: int, target: Path
+    ) -> None:
+        """Lay out the state of a job that a checkpoint holds, with holes elsewhere.
+
+        Args:
+            spec: The job's.
+            root: Content root.
+            round: The round that it must start.
+            target: New directory.
+
+        Raises:
+            Unavailable: no reachable peer holds it.
+            ConfigError: it is another checkpoint than that.
+        """
         with trio.fail_after(FETCH_SECONDS):
-            async with self._opened(spec.resume) as (part, manifest, _):
+            async with self._opened(root) as (part, manifest, _):
+                check_state(spec.model, manifest, round)
                 names = resume_tensors(spec.model)
                 await part.need(needed_ranges(manifest, names, part.manifest))
                 work = target.with_name(f"{target.name}.tmp")

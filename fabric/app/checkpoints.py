@@ -21,6 +21,7 @@ from fabric.app.checkpoint_flow import CheckpointFlow, content_root
 from fabric.app.config import NodeConfig
 from fabric.app.domains import member_domains
 from fabric.app.home import Home
+from fabric.app.saved_states import HeadStates
 from fabric.core.digest import hex_digest
 from fabric.core.errors import RemoteProtocolError
 from fabric.core.ids import JobId
@@ -150,6 +151,7 @@ async def make_checkpoints(
         domains,
         spec_of=partial(running_spec, store),
         works=lambda job: made[0].works(job),
+        saved=HeadStates(own, store.heads, flow, folder),
     )
     made.append(Checkpoints(flow, replication, HotService(signer, kept, hot_ports)))
     return made[0]

@@ -46,6 +46,11 @@ class SaveState:
 
 
 @dataclass(frozen=True)
+class Restore:
+    """Bring the state of the job's newest checkpoint here: nobody holds one."""
+
+
+@dataclass(frozen=True)
 class Publish:
     """The replicated status, and the assignment if ``generation``, changed."""
 
@@ -81,6 +86,7 @@ Effect = (
     | Retire
     | Decide
     | SaveState
+    | Restore
     | Publish
     | Recorded
     | Diverged

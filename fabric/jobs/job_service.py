@@ -34,6 +34,7 @@ from fabric.jobs.effects import (
     Persist,
     Publish,
     Recorded,
+    Restore,
     Retire,
     SaveState,
 )
@@ -42,6 +43,7 @@ from fabric.jobs.messages import CODEC, JobMessage
 from fabric.jobs.ports import HotStates, JobStore, OnCheckpoint
 from fabric.jobs.promises import RECORD
 from fabric.jobs.publisher_service import Publisher
+from fabric.jobs.restore_service import Restorer
 from fabric.jobs.runner import RunnerEvent, RunnerFailed
 from fabric.jobs.runner_service import Command, RunnerHost, SaveTo
 from fabric.jobs.seat import Seat
@@ -146,6 +148,7 @@ class JobTask:
         self._send_input, self._inputs = trio.open_memory_channel[Input](INBOX)
         self._waiting: list[Asked | Order] = []
         self._publisher = Publisher(seat, store, config)
+        self._restorer = Restorer(seat, hot, store, self.order)
         self._save_turn = trio.Lock()  # one step is written and published at a time
 
     # -- for others
@@ -268,6 +271,7 @@ class JobTask:
         """Poll, perform, answer, send; False when we can no longer keep promises."""
         if self._hot is not None:
             self.seat.recalled(self._hot.newest(self.seat.job))
+            self._restorer.look()
         outputs = self.seat.poll(trio.current_time())
         try:
             for effect in outputs.effects:
@@ -305,6 +309,8 @@ class JobTask:
                     self._host.close()
             case SaveState(at):
                 nursery.start_soon(self._save, at, nursery)
+            case Restore():
+                nursery.start_soon(self._restorer.run)
             case _:
                 self._note(effect)
 

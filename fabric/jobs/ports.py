@@ -11,6 +11,7 @@ import msgspec
 from fabric.core.ids import JobId, PeerId
 from fabric.jobs.messages import Setting
 from fabric.jobs.promises import Held
+from fabric.jobs.restoration import Restored
 from fabric.jobs.spec import JobSpec
 from fabric.jobs.states import JobStatus
 
@@ -117,6 +118,22 @@ class HotStates(Protocol):
 
     async def recall(self, job: JobId, participants: tuple[PeerId, ...]) -> Held | None:
         """Return it after a restart, perhaps got from others; bounded in time."""
+        ...
+
+    def checkpoint(
+        self, job: JobId, spec: JobSpec, participants: tuple[PeerId, ...]
+    ) -> int:
+        """Return the round of the newest checkpoint of ``job``; 0: there is none."""
+        ...
+
+    async def restore(
+        self, job: JobId, spec: JobSpec, participants: tuple[PeerId, ...]
+    ) -> Restored:
+        """Keep the state of the newest checkpoint of ``job``; bounded in time.
+
+        Raises:
+            FabricError: no peer in reach has it, or there is no room for it.
+        """
         ...
 
     async def forget(self, job: JobId) -> None:

@@ -43,6 +43,7 @@ from fabric.jobs.quorum import Tally, electors, has_majority
 BUSY = "a participant applies a decision"
 FOLLOWED = "the coordinator lives"
 NOBODY = "nobody can take part"
+STATE_LOST = "nobody holds a state, and there is a checkpoint"
 
 MAX_ATTEMPTS = 4
 """Proposals of one campaign; then it backs off and inquires afresh."""
@@ -68,6 +69,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
         depose: Go on although the present coordinator may live (it is us).
         settings: In force, as far as the proposer knows.
         first_round: The round that the initial state starts.
+        checkpoint: The round of the newest checkpoint: nobody starts from the initial
+            state instead.
     """
 
     participants: tuple[PeerId, ...]
@@ -77,6 +80,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     depose: bool = False
     settings: Settings = ()
     first_round: int = 0
+    checkpoint: int = 0
 
 
 def choose_base(
@@ -268,6 +272,9 @@ class Campaign:
         base_round, digest, sources = choose_base(
             {p: held[p] for p in participants}, self.wish.first_round
         )
+        if not digest and self.wish.checkpoint > base_round:
+            self._lose(STATE_LOST)
+            return
         self.highest += 1
         self._target = Generation(
             job=self.base.job,

@@ -90,6 +90,7 @@ class Seat:
         self._signer = signer
         self._patience = spec.fault.patience_seconds
         self._tenure = Tenure(self.me, job, spec, record=record, now=now, seed=seed)
+        self.restoration = self._tenure.restoration
 
     # -- what others may read
 

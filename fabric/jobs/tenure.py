@@ -20,6 +20,7 @@ from fabric.jobs.effects import (
     Persist,
     Publish,
     Recorded,
+    Restore,
     Retire,
 )
 from fabric.jobs.ending import Outcome
@@ -43,10 +44,11 @@ from fabric.jobs.messages import (
 from fabric.jobs.outbox import Outbox
 from fabric.jobs.participant import Participant
 from fabric.jobs.promises import Acceptor, PromiseRecord, genesis_of
-from fabric.jobs.proposer import NOBODY, Wish, check_commit
+from fabric.jobs.proposer import NOBODY, STATE_LOST, Wish, check_commit
 from fabric.jobs.quorum import electors
+from fabric.jobs.restoration import Restoration, Restored
 from fabric.jobs.spec import JobSpec
-from fabric.jobs.states import JobState, Trigger, advance
+from fabric.jobs.states import JobState, Pause, Trigger, advance
 from fabric.jobs.succession import Succession
 
 REASON_FACT = "reason"
@@ -85,6 +87,7 @@ class Tenure:
         self.liveness = Liveness(patience)
         self.succession = Succession(self.me, patience, rng, now)
         self.membership = Membership(patience, now)
+        self.restoration = Restoration(spec.resume_round, patience)
         self.members: frozenset[PeerId] = frozenset()
         self.settings: tuple[Setting, ...] = ()
         self.chair: Chair | None = None
@@ -175,6 +178,7 @@ class Tenure:
         """Act, or stop acting, in a generation we just adopted."""
         self.succession.entered(now)
         self.outbox.clear()
+        reached = max(self.restoration.reached, self.part.decided + 1)
         self.part.enter(generation)
         self.outcome.started()
         self.ledger.start(now)
@@ -189,6 +193,10 @@ class Tenure:
                 "round": generation.base_round,
             },
         )
+        if not generation.state_digest and reached > generation.base_round:
+            reason = f"nobody holds a state of round {reached} or before, no checkpoint"
+            facts: dict[str, Fact] = {"round": generation.base_round, "reason": reason}
+            self.record("restarted", generation.coordinator, facts)
         if self.chair is not None:
             self.effects.append(Publish(generation))
         if self.me not in generation.participants:
@@ -225,6 +233,7 @@ class Tenure:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
+        self._take_restored(now)
         self.conclude_campaign(now)
         if (facts := self.part.due_facts(now)) is not None:
             self.tell("facts", facts, now)
@@ -269,6 +278,7 @@ class Tenure:
             depose=self.committed.coordinator == self.me,
             settings=self.part.settings,
             first_round=self.spec.resume_round,
+            checkpoint=self.restoration.checkpoint,
         )
         promised = self.acceptor.promised
         self.succession.start(self.committed, wish, promised, now)
@@ -282,8 +292,36 @@ class Tenure:
             self._won(campaign.commit, electors(campaign.base), now)
         elif campaign.newer is not None:
             self.learn(campaign.newer, now)
-        elif campaign.reason == NOBODY and self.membership.failure:
-            self.end(Trigger.BROKE, self.membership.failure, now)
+        elif campaign.reason == STATE_LOST or (
+            campaign.reason == NOBODY and self.membership.failure
+        ):
+            self._state_lost(now)
+
+    def _state_lost(self, now: float) -> None:
+        """Go on from the newest checkpoint, as long as a worker may still work here."""
+        failure, restoration = self.membership.failure, self.restoration
+        if failure and (self.membership.gave_up or not restoration.possible):
+            self.end(Trigger.BROKE, failure, now)
+            return
+        if restoration.begin(now):
+            self.record("state_lost", None, {"checkpoint": restoration.checkpoint})
+            self.effects.append(Restore())
+        self.succession.blocked = restoration.pause
+
+    def _take_restored(self, now: float) -> None:
+        match self.restoration.take(now):
+            case Restored(held, root):
+                facts: dict[str, Fact] = {"round": held.round, "root": root}
+                self.record("restored", self.me, facts)
+                if not self.part.held.has_state:
+                    self.part.held = held
+                if self.me in self.committed.participants:
+                    self.tell("join", Join(self.job), now)
+            case Pause(code=code, reason=reason):
+                facts = {"reason": f"{code}: {reason}"[:500]}
+                self.record("restore_failed", self.me, facts)
+            case None:
+                pass
 
     def _won(self, commit: Commit, before: frozenset[PeerId], now: float) -> None:
         self.learn(commit, now)

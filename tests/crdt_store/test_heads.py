@@ -3,6 +3,9 @@
 import trio
 
 from crdt_store.views import CheckpointHead
+from fabric.app.saved_states import HeadStates
+from fabric.core.ids import JobId, PeerId
+from fabric.jobs.spec import JobSpec, OuterSpec, TrainSpec
 from tests.crdt_store.peers import until
 
 
@@ -40,3 +43,23 @@ async def test_without_a_bound_all_stay_and_pieces_come_later(
     await store.heads.put("run", 3, whole)
     assert store.heads.all("run")[3] == whole
     assert store.heads.newest("other") == {}
+
+
+async def test_the_heads_of_a_jobs_own_peers_are_believed_before_those_of_others(
+    peers, world, autojump_clock
+):
+    one, other = [await peers.open(signer) for signer in world.workers[:2]]
+    me, stranger = (signer.peer_id for signer in world.workers[:2])
+    job = JobId("ab" * 32)
+    spec = JobSpec(train=TrainSpec(outer=OuterSpec(rounds=100)), submitter=me)
+    states = HeadStates(PeerId("p"), one.heads, None, None)
+    assert not states.rounds(job, spec, (me,))
+    for step in (50, 400):
+        await other.heads.put(job[:32], step, head(step))
+    with trio.fail_after(20):
+        await until(lambda: one.state_hash() == other.state_hash())
+    assert states.rounds(job, spec, (me,)) == [50], "400 is beyond the job's end"
+    for step in (4, 6):
+        await one.heads.put(job[:32], step, head(step))
+    assert states.rounds(job, spec, (me,)) == [6, 4]
+    assert states.rounds(job, spec, (me, stranger)) == [50, 6, 4]

@@ -4,7 +4,10 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -12,6 +15,7 @@ import pytest
 
 from fabric.app.checkpoints import hot_folder
 from fabric.app.home import Home
+from fabric.core.errors import Unavailable
 from fabric.jobs.spec import CheckpointSpec
 from sims.local import wait_until
 from tests.integration.test_train import RUN_SECONDS, Follower
@@ -196,3 +200,55 @@ def all_take_part(mesh, job, names):
     return len(row.participants) == len(names) and all(
         workers_of(mesh, name) for name in names
     )
+
+
+def test_a_job_whose_states_are_all_gone_goes_on_from_its_newest_checkpoint(
+    cleaned, form, tiny_spec
+):
+    mesh, names = cleaned, ("a", "b")
+    form(*names, settings=SETTINGS)
+    spec = spec_of(tiny_spec, min_peers=2, max_peers=2, inner_steps=20)
+    saves = CheckpointSpec(every_rounds=2, keep=2, replicas=2)
+    job = mesh.client("a").submit(msgspec.structs.replace(spec, checkpoint=saves))
+    wait_until(lambda: saved_roots(mesh, job), RUN_SECONDS, "a checkpoint")
+    saved = saved_roots(mesh, job)
+
+    # both machines die with their memory: their disks alone are left
+    for name in names:
+        mesh.kill(name)
+    for name in names:
+        shutil.rmtree(hot_of(mesh, name), ignore_errors=True)
+    began = time.monotonic()
+    for name in names:
+        mesh.start(name, SETTINGS)
+    wait_until(lambda: events_of(mesh, job, "restored"), RUN_SECONDS, "the state")
+    restored = events_of(mesh, job, "restored")[-1].facts
+    at = restored["round"]
+    wait_until(lambda: last_round(mesh, job) > at + 1, RUN_SECONDS, "the next round")
+    log.info("recovery from a checkpoint: %.1f s", time.monotonic() - began)
+    assert at >= max(saved), "the newest checkpoint is taken"
+    assert saved.get(at, restored["root"]) == restored["root"]
+    assert events_of(mesh, job, "generation")[0].facts["round"] == at
+    chair = mesh.client("a").job(job.id).status().coordinator
+    home = next(
+        mesh.peer(n).home for n in names if mesh.client(n).status().peer == chair
+    )
+    command = [sys.executable, "-m", "fabric.app.cli", "logs", job.id, "--home", home]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert f"restored round={at} root={restored['root']}" in shown.stdout, shown.stderr
+    mesh.client("a").job(job.id).stop()
+
+
+def saved_roots(mesh, job):
+    """Return round -> root of the checkpoints that the job's log tells of."""
+    found = events_of(mesh, job, "checkpoint")
+    return {event.facts["round"]: event.facts["root"] for event in found}
+
+
+def events_of(mesh, job, kind):
+    """Return the events of a kind that any peer tells of."""
+    told = []
+    for name in mesh.names:
+        with suppress(Unavailable):  # it just started
+            told += mesh.client(name).job(job.id).events(follow=False)
+    return [event for event in told if event.kind == kind]

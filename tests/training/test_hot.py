@@ -1,6 +1,7 @@
 """States kept in memory: within their budget, whole, and got back from others."""
 
 import random
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from fabric.core.ids import JobId, PeerId
 from fabric.core.signing import Ed25519Signer
 from fabric.jobs.messages import Generation, StateHeld
 from fabric.jobs.promises import Held
+from fabric.jobs.restoration import Restored
 from fabric.jobs.spec import CheckpointSpec, JobSpec, ModelSpec
 from tests.dht.conftest import Mesh
 from training.hot_keeper import HotKeeper
@@ -21,6 +23,7 @@ from training.hot_service import HotPorts, HotService, _best_first
 from training.hot_store import HotState, HotStore
 from training.messages import LoadHot, WriteHot
 from training.resumption import state_bytes
+from training.saved_states import SavedState
 
 JOB = JobId("ab" * 32)
 MODEL = ModelSpec(hidden_size=128, intermediate_size=256, num_layers=2)
@@ -96,7 +99,7 @@ class World:
         self.directory, self.nursery = directory, nursery
         self.mesh = Mesh(directory / "content", nursery)
         self.signers, self.hot, self.stores = {}, {}, {}
-        self.hosts, self.working = {}, set()
+        self.hosts, self.working, self.saved = {}, set(), []
 
     async def join(self, seed, host):
         signer = Ed25519Signer(bytes([seed]) * 32)
@@ -109,10 +112,20 @@ class World:
             lambda: {p: self.hosts[p] for p in self.mesh.peers},
             spec_of=lambda job: SPEC if job == JOB else None,
             works=lambda job: peer.own in self.working,
+            saved=self,
         )
         self.hot[peer.own] = HotService(signer, self.stores[peer.own], ports)
         await self.nursery.start(self.hot[peer.own].run)
         return peer.own
+
+    # as SavedStates
+    def rounds(self, job, spec, participants):
+        return [number for number, _ in self.saved]
+
+    @asynccontextmanager
+    async def opened(self, job, spec, participants):
+        number, path = max(self.saved)
+        yield SavedState(path, number, "root")
 
     async def write(self, peer, number, participants):
         hot, data = state(number)
@@ -174,6 +187,38 @@ async def test_nobody_is_believed_without_a_participants_signature(world):
     await world.write(liar, 900, [liar])
     assert await world.hot[me].recall(JOB, (me,)) is None
     assert world.stores[me].kept(JOB) == ()
+
+
+async def test_a_checkpoint_becomes_the_state_that_workers_know_by_its_name(
+    world, tmp_path
+):
+    torch = pytest.importorskip("torch")
+    from training.worker.engine import NativeEngine
+    from training.worker.outer import OuterState, state_blocks, state_digest
+    from training.worker.save import save_checkpoint
+
+    me = await world.join(1, "a")
+    hot = world.hot[me]
+    assert hot.checkpoint(JOB, SPEC, (me,)) == 0
+    engine = NativeEngine(MODEL, SPEC.train)
+    random = torch.Generator().manual_seed(3)
+    flat = [torch.randn(engine.flat.shape, generator=random) for _ in range(2)]
+    state = OuterState(7, *flat)
+    save_checkpoint(tmp_path / "saved", SPEC, engine, state)
+    world.saved = [(7, tmp_path / "saved" / "step-7")]
+    assert hot.checkpoint(JOB, SPEC, (me,)) == 7
+    world.stores[me]._max_bytes = SIZE - 1
+    with pytest.raises(ResourceExhausted, match="does not fit"):
+        await hot.restore(JOB, SPEC, (me,))
+    world.stores[me]._max_bytes = 2 * SIZE
+    restored = await hot.restore(JOB, SPEC, (me,))
+    name = state_digest(state_blocks(state.to_bytes()))
+    assert restored == Restored(Held(7, name, has_state=True), "root")
+    assert restored.held == hot.newest(JOB)
+    _, file = hot.open(JOB, name)
+    with file:
+        assert file.read() == bytes(state.to_bytes())
+    assert not list((tmp_path / "hot1").glob("*.part"))
 
 
 def test_the_newest_claim_that_most_keep_comes_first():

@@ -73,6 +73,9 @@ def test_what_no_run_wrote_is_refused():
         "is BF16": manifest(
             MODEL, **{"model/model.norm.weight": TensorEntry("BF16", (32,), ())}
         ),
+        "outer/momentum/.* is F16, a run goes on in F32": manifest(
+            MODEL, **{"outer/momentum/model.norm.weight": TensorEntry("F16", (32,), ())}
+        ),
         "more than the job has": manifest(
             MODEL, **{"model/extra": TensorEntry("F32", (1,), ())}
         ),
