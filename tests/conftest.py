@@ -4,6 +4,11 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Before torch is imported, here and in what tests start: threads that wait by spinning
+# took a minute of processor time for a test of two seconds where cores were busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
 
 # the same examples every time, except in a soak, which draws them from its seed
