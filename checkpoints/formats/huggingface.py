@@ -8,7 +8,7 @@ if the config ties it and its bytes are the embedding's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,9 +64,11 @@ def open_source(path: Path) -> Source:
         raise ConfigError(
             f"neither {SINGLE_NAME} nor {INDEX_NAME} in {path}",
             code="E_NOT_FOUND",
-            next_step="only safetensors are read; .bin files hold pickles",
+            next_step="files of torch.save (.bin) are read as huggingface-bin",
         )
-    index = {} if (path / SINGLE_NAME).is_file() else _read_index_untrusted(path)
+    index = {}
+    if not (path / SINGLE_NAME).is_file():
+        index = read_index_untrusted(path, INDEX_NAME)
     names = sorted(set(index.values())) or [SINGLE_NAME]
     for name in names:
         check_file_name(name)
@@ -75,32 +77,34 @@ def open_source(path: Path) -> Source:
     for name in names:
         for key, tensor in read_file_untrusted(path, name).tensors.items():
             if key in found:
-                raise _index(path, f"{key!r} in two files")
+                raise index_fault(path, f"{key!r} in two files")
             found[key] = tensor
             where[key] = name
-    if index and index != where:
-        wrong = sorted({key for key, _ in set(index.items()) ^ set(where.items())})
-        raise _index(
-            path, f"index and files differ about {len(wrong)}: {', '.join(wrong)[:300]}"
-        )
-    state = _state(path)
-    used = {*names, CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME}
+    check_index(path, index, where)
+    state = model_state(path)
     return ExtentSource(
         "huggingface",
         path,
         path,
         {MODEL + key: tensor for key, tensor in found.items()},
-        aliases=_aliases(state.get(MODEL_CONFIG_KEY, {}), found),
+        aliases=tied_aliases(state.get(MODEL_CONFIG_KEY, {}), found),
         state=state,
-        ignored=[
-            Ignored(each.name, "not part of a checkpoint")
-            for each in sorted(path.iterdir())
-            if each.name not in used and not each.name.startswith(".")
-        ],
+        ignored=other_files(path, {*names, INDEX_NAME}),
     )
 
 
-def _aliases(config: Mapping[str, Json], found: Mapping[str, object]) -> dict[str, str]:
+def other_files(path: Path, used: Collection[str]) -> list[Ignored]:
+    """Return what lies in a model's directory beside ``used`` and its configs."""
+    known = {*used, CONFIG_NAME, GENERATION_CONFIG_NAME}
+    return [
+        Ignored(each.name, "not part of a checkpoint")
+        for each in sorted(path.iterdir())
+        if each.name not in known and not each.name.startswith(".")
+    ]
+
+
+def tied_aliases(config: Mapping[str, Json], found: Collection[str]) -> dict[str, str]:
+    """Return the heads that the config ties and the files lack, and whose they are."""
     if not ties_embeddings(config):
         return {}
     return {
@@ -115,7 +119,8 @@ def _tied(config: Mapping[str, Json]) -> Mapping[str, str]:
     return family.tied if family else TIED
 
 
-def _state(path: Path) -> dict[str, Json]:
+def model_state(path: Path) -> dict[str, Json]:
+    """Return the configs beside a model's files."""
     state = {}
     for key, name in (
         (MODEL_CONFIG_KEY, CONFIG_NAME),
@@ -126,15 +131,30 @@ def _state(path: Path) -> dict[str, Json]:
     return state
 
 
-def _read_index_untrusted(path: Path) -> dict[str, str]:
-    found = read_json_untrusted(path / INDEX_NAME)
+def read_index_untrusted(path: Path, name: str) -> dict[str, str]:
+    """Return the file of each tensor, as an index says.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    found = read_json_untrusted(path / name)
     try:
         return msgspec.convert(found, _Index).weight_map
     except msgspec.MsgspecError as exc:
-        raise _index(path, str(exc), "E_JSON") from exc
+        raise index_fault(path, str(exc), "E_JSON") from exc
 
 
-def _index(path: Path, reason: str, code: str = "E_INDEX") -> IntegrityError:
+def check_index(path: Path, index: Mapping[str, str], where: Mapping[str, str]) -> None:
+    """Refuse an index, if there is one, that says otherwise than the files."""
+    if index and index != where:
+        wrong = sorted({key for key, _ in set(index.items()) ^ set(where.items())})
+        raise index_fault(
+            path, f"index and files differ about {len(wrong)}: {', '.join(wrong)[:300]}"
+        )
+
+
+def index_fault(path: Path, reason: str, code: str = "E_INDEX") -> IntegrityError:
+    """Return the error of a model whose files are not as they should be."""
     return IntegrityError(
         f"{path}: {reason}", code=code, next_step="fetch the model again"
     )

@@ -32,6 +32,9 @@ class Format(msgspec.Struct, frozen=True):
 FORMATS: Mapping[str, Format] = {
     "canonical": Format("canonical checkpoint", "canonical", writable=True),
     "huggingface": Format("Hugging Face model", "huggingface", writable=True),
+    "huggingface-bin": Format(
+        "Hugging Face model of torch files (.bin)", "huggingface_bin"
+    ),
     "dcp-safetensors": Format(
         "safetensors of ranks (torch distributed checkpoint)", "dcp_safetensors"
     ),

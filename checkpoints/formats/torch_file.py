@@ -21,7 +21,7 @@ from checkpoints.formats.sink import (
 )
 from checkpoints.formats.source import Ignored, Source
 from checkpoints.formats.state_leaves import leaves
-from checkpoints.formats.state_names import NamedState, name_state, nested_state
+from checkpoints.formats.state_names import name_state, nested_state
 from checkpoints.formats.torch_zip import Archive, read_archive
 from checkpoints.formats.torch_zip_writer import (
     NewArchive,
@@ -56,7 +56,7 @@ def open_source(path: Path) -> Source:
     """
     archive = read_archive(path.parent, path.name)
     named = name_state(list(leaves(archive.value)), TensorRef)
-    tensors, aliases = share(archive, named)
+    tensors, aliases = share(archive, named.tensors)
     ignored = [*named.ignored, *_versions(archive.value)]
     return ExtentSource(
         "torch",
@@ -71,14 +71,14 @@ def open_source(path: Path) -> Source:
 
 
 def share(
-    archive: Archive, named: NamedState[TensorRef]
+    archive: Archive, found: Mapping[str, TensorRef]
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return where tensors lie, and which are another one's elements (tied weights)."""
     tensors: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
     first: dict[TensorRef, str] = {}
-    for name in sorted(named.tensors):
-        ref = named.tensors[name]
+    for name in sorted(found):
+        ref = found[name]
         known = first.setdefault(ref, name) if 0 not in ref.shape else name
         if known == name:
             tensors[name] = archive.stored(ref)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import pytest
 
@@ -290,17 +291,17 @@ def test_damaged_models_are_not_imported(tmp_path, model, spoil, code):
     assert not (tmp_path / "back").exists()
 
 
-def test_pickled_models_are_not_read(tmp_path):
+def test_a_bare_pickle_is_not_read(tmp_path):
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf/pytorch_model.bin").touch()
-    with pytest.raises(ConfigError) as refused:
+    (tmp_path / "hf/pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(IntegrityError) as refusal:
         import_huggingface(tmp_path / "hf", tmp_path / "back")
-    assert refused.value.code == "E_FORMAT"
+    assert refusal.value.code == "E_ARCHIVE"
     with pytest.raises(ConfigError) as refused:
         import_huggingface(
             tmp_path / "hf", tmp_path / "back", from_format="huggingface"
         )
-    assert "pickle" in refused.value.next_step
+    assert "huggingface-bin" in refused.value.next_step
 
 
 @pytest.mark.slow
