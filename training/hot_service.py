@@ -63,7 +63,9 @@ log = logging.getLogger(__name__)
 
 COPIES = 2
 ASK_SECONDS = 5.0
-"""Longest wait for what others keep, before a job goes on without."""
+"""Longest wait for what the rest keeps, once somebody keeps or has a state."""
+LAST_SECONDS = 30.0
+"""Longest wait while nobody does: without, a job begins anew."""
 RETRY_SECONDS = 0.3
 PULL_SECONDS = 300.0
 """Longest transfer of one state; a newer one replaces it soon after."""
@@ -287,9 +289,12 @@ class HotService:
                     continue
                 if isinstance(answer, HotHeld):
                     answers[peer] = answer
+                    if answer.claims or answer.works:
+                        wait.deadline = min(wait.deadline, enough)
                 return
 
-        with trio.move_on_after(ASK_SECONDS):
+        enough = trio.current_time() + ASK_SECONDS
+        with trio.move_on_after(LAST_SECONDS) as wait:
             async with trio.open_nursery() as nursery:
                 for peer in order:
                     nursery.start_soon(ask, peer)

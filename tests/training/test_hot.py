@@ -17,9 +17,10 @@ from fabric.jobs.promises import Held
 from fabric.jobs.restoration import Restored
 from fabric.jobs.spec import CheckpointSpec, JobSpec, ModelSpec
 from tests.dht.conftest import Mesh
+from training import hot_service
 from training.hot_keeper import HotKeeper
 from training.hot_messages import HotClaim, HotHeld, sign_claim
-from training.hot_service import HotPorts, HotService, _best_first
+from training.hot_service import METHOD_ASK, HotPorts, HotService, _best_first
 from training.hot_store import HotState, HotStore
 from training.messages import LoadHot, WriteHot
 from training.resumption import state_bytes
@@ -136,7 +137,7 @@ class World:
         return hot
 
     async def until(self, condition):
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():  # noqa: ASYNC110 - any condition
                 await trio.sleep(0.02)
 
@@ -180,6 +181,27 @@ async def test_participants_on_two_hosts_are_each_others_buddies(world):
     assert await world.hot[one].recall(JOB, (one, other)) is None, "a newer one lives"
     world.working.clear()
     assert (await world.hot[one].recall(JOB, (one, other))).round == 3
+
+
+async def test_one_who_may_keep_the_only_state_is_waited_for(world, monkeypatch):
+    """It takes longer to be reached, and without it the job would begin anew."""
+    monkeypatch.setattr(hot_service, "ASK_SECONDS", 0.1)
+    me, buddy = await world.join(1, "here"), await world.join(2, "there")
+    await world.join(3, "here")
+    await world.write(me, 4, [me])
+    await world.until(lambda: world.hot[buddy].newest(JOB))
+    world.stores[me].forget(JOB)
+    handlers, asked = world.mesh.peers[buddy].handlers, []
+    answer = handlers[METHOD_ASK]
+
+    async def late(sender, request):
+        asked.append(sender)
+        if len(asked) < 3:
+            raise Unavailable("not yet")
+        return await answer(sender, request)
+
+    handlers[METHOD_ASK] = late
+    assert (await world.hot[me].recall(JOB, (me,))).round == 4
 
 
 async def test_nobody_is_believed_without_a_participants_signature(world):
