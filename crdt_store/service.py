@@ -222,7 +222,10 @@ class Store:
             self._counters.add(DROPPED, label="store_put_soon")
 
     async def _run_later(self) -> None:
+        authority = self._watchers.watch("0", "inv")
         async for key, value, ttl_seconds in self._to_put:
+            while not self.authority.membership(self._signer.peer_id).allowed:
+                await authority.changed()  # a newcomer judges who admits it
             try:
                 await self.put(key, value, ttl_seconds)
             except FabricError as exc:

@@ -39,6 +39,19 @@ async def test_three_stores_agree_by_push_alone_within_a_second(
     assert len({store.state_hash() for store in stores}) == 1
 
 
+async def test_what_a_newcomer_found_about_who_admits_it_is_written_once_it_may(
+    peers, world, autojump_clock
+):
+    store = await peers.open(world.workers[0], known=False)
+    about = world.owner.peer_id
+    verdict = Verdict(about, State.TRUSTED, Tier.SOFTWARE, "fine")
+    store.verdicts.record(verdict)
+    await trio.sleep(1)
+    store.ingest_authority_untrusted(world.authority())
+    me = world.workers[0].peer_id
+    await until(lambda: store.verdicts.for_subject(about) == {me: verdict})
+
+
 async def test_a_partition_heals_by_reconciliation(
     peers, world, network, autojump_clock
 ):
