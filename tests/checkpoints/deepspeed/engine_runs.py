@@ -1,7 +1,8 @@
 """Real DeepSpeed engines on gloo: saves, loads, and what DeepSpeed's own tools make.
 
 Run as a program: ``python engine_runs.py PLAN.json``. It imports DeepSpeed once and
-forks the ranks of each run: the import costs more than all that they then do.
+forks the ranks of each run: the import costs more than all that they then do. So do
+torch's compilers, which an optimiser imports with its first step: imported here, too.
 """
 
 import json
@@ -19,6 +20,8 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", "/nonexistent")
 import deepspeed
 import deepspeed.comm
 import torch
+import torch._dynamo
+import torch._inductor.compile_fx
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import (
