@@ -12,7 +12,7 @@ import pytest
 
 from sims.local import LocalMesh
 
-COMMAND_SECONDS = 60.0
+COMMAND_SECONDS = 120.0
 
 
 @dataclass

@@ -7,7 +7,7 @@ from sims.local import wait_until
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
 
-SOON = 30.0
+SOON = 60.0
 TINY = """
 name = "tiny"
 [model]

@@ -11,7 +11,7 @@ from sims.local import wait_until
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
 
-SOON = 30.0
+SOON = 60.0
 
 
 @pytest.fixture(scope="module")

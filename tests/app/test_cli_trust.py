@@ -8,7 +8,7 @@ from sims.local import wait_until
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
 
-SOON = 30.0
+SOON = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,11 @@ def founded(mesh, fabric):
     token = mesh.client("ann").invite(uses=2)
     mesh.client("ben").join(token)
     mesh.client("cat").join(token)
+    wait_until(
+        lambda: {p.name for p in mesh.client("ann").status().peers} == {"ben", "cat"},
+        SOON,
+        "ann to know their names",
+    )
     return homes, done.json
 
 

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,11 @@ from sims.local import start_time_of, wait_until
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 END_SECONDS = 15.0
 """Longest an orderly end may take: jobs have 5 s to leave, services a few more."""
+AT_ONCE_SECONDS = 4.0
+"""Less than jobs have to leave."""
 
 
 @pytest.fixture
@@ -201,20 +202,23 @@ def test_interrupt_once_leaves_cleanly(start):
     workers = start_job(daemon, "once")
     daemon.send_signal(signal.SIGINT)
     assert daemon.wait(END_SECONDS) == 130
-    wait_until(lambda: not alive(workers), 2, "the workers to be gone")
+    wait_until(lambda: not alive(workers), 15, "the workers to be gone")
 
 
 def test_interrupt_twice_ends_at_once(start):
     daemon = start("again", "--set", "train.worker_threads=1")
     workers = start_job(daemon, "again")
-    began = time.monotonic()
     daemon.send_signal(signal.SIGINT)
     # two signals that are pending together are delivered as one
-    wait_until(lambda: b"daemon.ending" in _log(daemon) or _ended(daemon), 5, "the end")
+    wait_until(
+        lambda: b"daemon.ending" in _log(daemon) or _ended(daemon),
+        END_SECONDS,
+        "the end",
+        poll=0.01,
+    )
     daemon.send_signal(signal.SIGINT)
-    assert daemon.wait(2) == 130
-    assert time.monotonic() - began < 5
-    wait_until(lambda: not alive(workers), 5, "the workers to be gone")
+    assert daemon.wait(AT_ONCE_SECONDS) == 130
+    wait_until(lambda: not alive(workers), 15, "the workers to be gone")
 
     # nothing committed is lost, and the folder is free for the next daemon
     daemon = start("again", "--set", "train.worker_threads=1")

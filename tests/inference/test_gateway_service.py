@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from functools import partial
 
 import httpx
@@ -67,7 +69,8 @@ async def test_the_stock_client_gets_the_tokens_of_transformers(mesh):
         assert answer.usage.prompt_tokens == len(prompt)
     # the stages hold what they must: nothing but the ends sees tokens
     assert {method for method, _, _ in mesh.calls} >= {"serve.submit", "serve.tokens"}
-    await until(lambda: not first_stage(mesh)._live)
+    with trio.fail_after(60):
+        await until(lambda: not first_stage(mesh)._live)
 
 
 async def test_streaming_chat_usage_and_errors(mesh):
@@ -159,10 +162,14 @@ async def test_too_many_sessions_are_told_to_come_back(mesh):
                 assert answer.headers["retry-after"]
                 assert answer.json()["error"]["type"] == "rate_limit_error"
 
+        worker = first_stage(mesh)._link.pid
+        os.kill(worker, signal.SIGSTOP)  # nobody is done before all have asked
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for _ in range(8):
                     nursery.start_soon(ask)
+                await until(lambda: len(statuses) == 2)
+                os.kill(worker, signal.SIGCONT)
     assert sorted(statuses) == [200] * 6 + [429] * 2
 
 

@@ -14,8 +14,8 @@ from sims.local import wait_until
 
 pytestmark = [pytest.mark.scenario, pytest.mark.slow]
 
-SOON = 20.0
-"""Seconds within which members find each other on loopback."""
+SOON = 60.0
+"""Longest wait for what takes a moment on a machine that is not busy."""
 
 
 def row_of(mesh, name, peer):
@@ -79,8 +79,12 @@ def test_invites_and_refusals(mesh, form):
         )
 
     wait_until(converged, SOON, "all members to know and reach each other")
-    roles = {row.name: row.role for row in mesh.client("q2").status().peers}
-    assert roles == {"p0": "owner", "p1": "worker", "q1": "worker"}
+
+    def roles():  # a role is known with the invite that gave it
+        return {row.name: row.role for row in mesh.client("q2").status().peers}
+
+    known = {"p0": "owner", "p1": "worker", "q1": "worker"}
+    wait_until(lambda: roles() == known, SOON, "the roles of all")
 
 
 def test_newcomer_joins_while_the_inviter_is_away(mesh, form):

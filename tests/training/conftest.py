@@ -118,7 +118,7 @@ class Cluster:
 
         for signer in signers:  # the exit stack wants one task
             await start_one(signer)
-        await self.until(lambda: all(w.certificate for w in started), 60)
+        await self.until(lambda: all(w.certificate for w in started))
         return started
 
     async def _listen(self, worker: Worker) -> None:
@@ -147,7 +147,7 @@ class Cluster:
         self.changed.set()
         self.changed = trio.Event()
 
-    async def until(self, condition, seconds=30.0):
+    async def until(self, condition, seconds=120.0):
         with trio.fail_after(seconds):
             while not condition():
                 await self.changed.wait()

@@ -76,7 +76,7 @@ class Network:
         self.another = trio.Event()
 
     async def until_opened(self, count):
-        with trio.fail_after(60):
+        with trio.fail_after(120):
             while self.opened < count:
                 await self.another.wait()
 
@@ -170,7 +170,7 @@ class Mesh:
         for node in nodes:
             await node.runner.apply(self.generation)
 
-    async def until(self, condition, seconds=60):
+    async def until(self, condition, seconds=120):
         with trio.fail_after(seconds):
             while not condition():
                 await self.changed.wait()

@@ -37,7 +37,7 @@ async def test_three_workers_end_with_equal_states_and_save(cluster, spec, tmp_p
     job = spec(wide=True)
     workers = await cluster.start(3, job)
     await cluster.apply(workers)
-    await cluster.until(lambda: all(w.of(Finished) for w in workers), 60)
+    await cluster.until(lambda: all(w.of(Finished) for w in workers))
     assert len(digests(workers)) == 1
     losses = [w.of(Finished)[0].facts["validation_loss"] for w in workers]
     assert len(set(losses)) == 1
@@ -79,7 +79,7 @@ async def test_a_worker_killed_in_the_middle_of_its_contribution(
         lambda: 0 in a.reports and a.reports[0].broken == (victim.peer,)
     )
     await cluster.apply([a, b], coordinator=b.peer)
-    await cluster.until(lambda: all(w.of(Finished) for w in (a, b)), 60)
+    await cluster.until(lambda: all(w.of(Finished) for w in (a, b)))
     assert len(digests([a, b])) == 1
 
 
@@ -120,5 +120,5 @@ async def test_a_newcomer_gets_the_state_although_a_source_fails(
         assert "E_INTEGRITY" in codes
     cluster.hold_back = lambda round_number: False
     await cluster.apply([good, newcomer], connect=False, sources=(good.peer,))
-    await cluster.until(lambda: all(w.of(Finished) for w in (good, newcomer)), 60)
+    await cluster.until(lambda: all(w.of(Finished) for w in (good, newcomer)))
     assert len(digests([good, newcomer])) == 1

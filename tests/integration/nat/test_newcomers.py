@@ -34,6 +34,10 @@ def from_now(lab):
     return dict.fromkeys(lab.hosts, time.monotonic())
 
 
+def invites(lab, host):
+    return {row.subject for row in lab.client(host).trust() if row.kind == "invite"}
+
+
 def left_relays(lab, one, other):
     """Whether neither plane of the pair uses one; the grace of the old is over."""
     kinds = lab.view(one, other).control
@@ -50,9 +54,12 @@ def test_a_newcomer_joins_by_an_invite_that_names_other_members(started, show):
     pairs = [Pair("founder", "relay"), Pair("founder", "home")]
     check(measure_pairs(lab, pairs, from_now(lab), SECONDS))
     token = lab.client("founder").invite()
-    # its daemon starts now, which gives the others the time to hear of the invite
-    lab.mesh.kill("late")
-    lab.start(["late"])
+    for host in ("relay", "home"):
+        wait_until(
+            lambda host=host: invites(lab, host) == invites(lab, "founder"),
+            SECONDS,
+            f"{host} to hear of the invite",
+        )
     lab.mesh.kill("founder")
     with pytest.raises(NoRoute, match="none of 1 members answers"):
         lab.client("late").join(first)
