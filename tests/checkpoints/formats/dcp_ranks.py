@@ -1,8 +1,9 @@
 """Real ranks over gloo save with torch's own writer, and one saves the whole.
 
-    python dcp_ranks.py DIR WORLD LAYOUT
+    python dcp_ranks.py DIR WORLD-LAYOUT...
 
-writes DIR/saved (a distributed checkpoint) and DIR/whole.pt (what it must hold).
+writes DIR/WORLD-LAYOUT/saved (a distributed checkpoint) and whole.pt beside it (what it
+must hold). Torch is imported once and forked: the import costs more than a case.
 """
 
 import logging
@@ -150,7 +151,8 @@ def work(base, world, rank, layout):
     dist.destroy_process_group()
 
 
-def main(base, world, layout):
+def run(base, world, layout):
+    base.mkdir()
     pids = []
     for rank in range(world):
         pid = os.fork()
@@ -167,11 +169,13 @@ def main(base, world, layout):
         pids.append(pid)
     failed = [pid for pid in pids if os.waitpid(pid, 0)[1]]
     if failed:
-        sys.exit(f"{len(failed)} ranks failed")
+        sys.exit(f"{len(failed)} ranks of {world}-{layout} failed")
 
 
 if __name__ == "__main__":
     logging.disable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    for case in sys.argv[2:]:
+        world, _, layout = case.partition("-")
+        run(Path(sys.argv[1]) / case, int(world), layout)
