@@ -12,16 +12,16 @@ A blob becomes visible by the rename into ``data``, after every byte is on the d
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dht import bitmap
+from dht.collecting import collectable, drop_leftovers
 from dht.disk import disk_errors, sync_folder, write_durably
-from dht.export import BlobReader, write_tree
+from dht.export import BlobReader, write_target
 from dht.ingest import BlockWriter, directory_files
 from dht.keeps import Keeps
 from dht.manifest import (
@@ -45,6 +45,9 @@ from fabric.core.ids import BlobId
 E_NO_CONTENT = "E_NO_CONTENT"
 _FOLDERS = ("data", "parts", "manifests", "incoming")
 
+Mark = Callable[[BlobId], None]
+"""Says that somebody wants new content, before it can be seen and thus collected."""
+
 
 class BlobStore:
     """Content by root.
@@ -66,31 +69,38 @@ class BlobStore:
             (directory / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         self.keeps = Keeps(directory)
         self.room = Room(directory, max_bytes)
-        self._drop_leftovers()
+        drop_leftovers(directory)
 
     def add_bytes(
-        self, data: bytes, name: str = "", meta: Mapping[str, str] | None = None
+        self,
+        data: bytes,
+        name: str = "",
+        meta: Mapping[str, str] | None = None,
+        mark: Mark | None = None,
     ) -> BlobId:
-        """Keep ``data`` as one blob and return its root."""
+        """Keep ``data`` as one blob and return its root; ``mark`` is called first."""
         with self.adding(len(data)) as writer:
             writer.write(data)
-            return self.finish_add(writer, name, meta, ())
+            return self.finish_add(writer, name, meta, (), mark)
 
-    def add_file(self, path: Path, meta: Mapping[str, str] | None = None) -> BlobId:
+    def add_file(self, path: Path, mark: Mark | None = None) -> BlobId:
         """Keep a copy of the file at ``path`` and return its root.
 
         Raises:
             ConfigError: not a regular file.
-            ResourceExhausted: the store or the disk is full; nothing is left behind.
+            ResourceExhausted: no room; nothing is left behind.
         """
         if not path.is_file():
             raise ConfigError(f"{path} is not a file")
         with self.adding(path.stat().st_size) as writer:
             writer.copy(path)
-            return self.finish_add(writer, path.name, meta, ())
+            return self.finish_add(writer, path.name, None, (), mark)
 
     def add_directory(
-        self, path: Path, meta: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        meta: Mapping[str, str] | None = None,
+        mark: Mark | None = None,
     ) -> BlobId:
         """Keep a copy of every file below ``path`` as one blob and return its root.
 
@@ -108,7 +118,12 @@ class BlobStore:
                 offset = writer.size
                 writer.copy(file)
                 entries.append(FileEntry(name, offset, writer.size - offset))
-            return self.finish_add(writer, path.name, meta, tuple(entries))
+            return self.finish_add(writer, path.name, meta, tuple(entries), mark)
+
+    def add_pinned(self, path: Path) -> BlobId:
+        """Keep and pin a copy of the file or directory at ``path``."""
+        add = self.add_directory if path.is_dir() else self.add_file
+        return add(path, mark=self.keeps.pin)
 
     def has(self, root: BlobId) -> bool:
         """Return whether all of ``root`` is here."""
@@ -150,8 +165,7 @@ class BlobStore:
         """Return block ``index`` of ``root``, verified.
 
         Raises:
-            Unavailable: not here.
-            IntegrityError: the bytes on disk are damaged.
+            FabricError: not here, or damaged.
         """
         num_blocks = self.manifest(root).num_blocks
         if not 0 <= index < num_blocks:
@@ -198,15 +212,8 @@ class BlobStore:
             raise Unavailable(f"content {root[:12]} is not (completely) here")
         if target.exists():
             raise ConfigError(f"{target} exists", next_step="choose another target")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".fabric-export-", dir=target.parent))
-        try:
-            with disk_errors():
-                with self.open_reader(root) as reader:
-                    write_tree(reader, work / "tree")
-            (work / "tree").rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with self.open_reader(root) as reader:
+            write_target(reader, target)
 
     def open_partial(
         self, root: BlobId, manifest: BlobManifest, wanted_bytes: int | None = None
@@ -263,8 +270,9 @@ class BlobStore:
 
     def pin(self, root: BlobId) -> None:
         """Keep ``root`` when the store is collected."""
-        self.raw_manifest(root)
-        self.keeps.pin(root)
+        with self._lock:
+            self.raw_manifest(root)
+            self.keeps.pin(root)
 
     def unpin(self, root: BlobId) -> None:
         """Let ``root`` be collected."""
@@ -288,17 +296,29 @@ class BlobStore:
 
     def ls(self) -> list[BlobStat]:
         """Return every blob, complete or arriving, by root."""
-        names = sorted(p.name for p in (self._dir / "manifests").iterdir())
-        return [self.stat(BlobId(n)) for n in names if not n.endswith(".tmp")]
+        found = []
+        for name in sorted(p.name for p in (self._dir / "manifests").iterdir()):
+            with suppress(Unavailable):  # removed meanwhile
+                if not name.endswith(".tmp"):
+                    found.append(self.stat(BlobId(name)))
+        return found
 
-    def remove(self, root: BlobId) -> bool:
+    def remove(self, root: BlobId, owner: str = "") -> bool:
         """Remove ``root`` unless somebody wants it or it is being received.
+
+        Args:
+            root: What to remove.
+            owner: Wants it no longer. Its mark stays as long as ``root`` is received.
 
         Returns:
             Whether it is gone. Who reads it at this moment reads on.
         """
         with self._lock:
-            if root in self._open or root in self.keeps.wanted():
+            if root in self._open:
+                return False
+            if owner:
+                self.keeps.drop(root, owner)
+            if root in self.keeps.wanted():
                 return False
             for folder in ("data", "parts", "manifests"):
                 self._path(folder, root).unlink(missing_ok=True)
@@ -316,7 +336,7 @@ class BlobStore:
         """
         removed = []
         with self._lock:
-            for path in self._collectable():
+            for path in collectable(self._dir, {*self.keeps.wanted(), *self._open}):
                 if self.room.used() <= keep_bytes:
                     break
                 root = BlobId(path.name)
@@ -324,25 +344,6 @@ class BlobStore:
                 self._path("manifests", root).unlink(missing_ok=True)
                 removed.append(root)
         return removed
-
-    def _drop_leftovers(self) -> None:
-        """Remove what a crash left behind and nothing refers to."""
-        for leftover in (self._dir / "incoming").iterdir():
-            leftover.unlink()
-        for manifest in (self._dir / "manifests").iterdir():
-            places = (
-                self._dir / folder / manifest.name for folder in ("data", "parts")
-            )
-            if not any(place.exists() for place in places):
-                manifest.unlink()
-
-    def _collectable(self) -> list[Path]:
-        """Return the removable files: resting parts, then data by last use."""
-        wanted = self.keeps.wanted()
-        parts = [p for p in (self._dir / "parts").iterdir() if p.name not in self._open]
-        data = list((self._dir / "data").iterdir())
-        data.sort(key=lambda p: p.stat().st_mtime_ns)
-        return [p for p in parts + data if p.name not in wanted]
 
     @contextmanager
     def adding(self, size: int) -> Iterator[BlockWriter]:
@@ -361,6 +362,7 @@ class BlobStore:
         name: str,
         meta: Mapping[str, str] | None,
         entries: tuple[FileEntry, ...],
+        mark: Mark | None = None,
     ) -> BlobId:
         """Make what was written visible and return its root."""
         hashes = writer.finish()
@@ -375,6 +377,8 @@ class BlobStore:
         )
         decode_manifest_untrusted(raw, root)  # what others would refuse, we refuse now
         with self._lock:
+            if mark is not None:
+                mark(root)
             self._keep_manifest(root, raw)
             self._publish(writer.path, root)
         return root

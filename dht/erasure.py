@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from dht.blobs import BlobStore
+from dht.blobs import BlobStore, Mark
 from dht.export import BlobReader
 from dht.manifest import BlobManifest, decode_manifest_untrusted
 from fabric.core.digest import BLOCK_BYTES
@@ -62,9 +62,16 @@ def _zfec() -> ModuleType:
 
 
 def make_pieces(
-    blobs: BlobStore, root: BlobId, data: int, extra: int
+    blobs: BlobStore, root: BlobId, data: int, extra: int, mark: Mark | None = None
 ) -> tuple[BlobId, ...]:
     """Keep all pieces of ``root`` as blobs and return their roots, in order.
+
+    Args:
+        blobs: Holds it.
+        root: What to cut.
+        data: As many pieces restore it.
+        extra: Pieces more than that.
+        mark: See :data:`dht.blobs.Mark`.
 
     Raises:
         ConfigError: see :func:`check_code`.
@@ -88,7 +95,9 @@ def make_pieces(
             for writer, block in zip(writers, encoder.encode(stripe), strict=True):
                 writer.write(block)
         return tuple(
-            blobs.finish_add(writer, f"{root[:16]}.{number}", _meta(root, number), ())
+            blobs.finish_add(
+                writer, f"{root[:16]}.{number}", _meta(root, number), (), mark
+            )
             for number, writer in enumerate(writers)
         )
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
+from dht.disk import disk_errors
 from dht.manifest import BlobManifest, FileEntry
 from dht.partial import PartialBlob
 from fabric.core.digest import BLOCK_BYTES, digest
-from fabric.core.errors import IntegrityError
+from fabric.core.errors import ConfigError, IntegrityError
 
 
 class BlobReader:
@@ -64,6 +67,28 @@ def write_sparse(reader: BlobReader, target: Path, blocks: int) -> None:
                     file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_target(reader: BlobReader, target: Path) -> None:
+    """Write the blob as the new file or directory ``target``, whole or not at all.
+
+    Raises:
+        ConfigError: ``target`` was made by somebody else meanwhile.
+        ResourceExhausted: the disk is full.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".fabric-export-", dir=target.parent))
+    try:
+        with disk_errors():
+            write_tree(reader, work / "tree")
+        try:
+            (work / "tree").rename(target)
+        except OSError as exc:
+            if target.exists():
+                raise ConfigError(f"{target} exists") from exc
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_tree(reader: BlobReader, target: Path) -> None:

@@ -2,11 +2,16 @@
 
 pins/<root>            empty; a person wants it
 keeps/<root>.<owner>   empty; ``owner``, a run of checkpoints, wants a copy here
+held                   in memory: somebody reads it, or is about to
 """
 
 from __future__ import annotations
 
 import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fabric.core.ids import BlobId
@@ -26,6 +31,19 @@ class Keeps:
         self._keeps = directory / "keeps"
         for folder in (self._pins, self._keeps):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def held(self, root: BlobId) -> Iterator[None]:
+        """Nothing of ``root`` is removed while inside, whoever wants it."""
+        with self._lock:
+            self._held[root] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[root] -= 1
 
     def pin(self, root: BlobId) -> None:
         """A person wants ``root``."""
@@ -61,7 +79,9 @@ class Keeps:
     def wanted(self) -> frozenset[str]:
         """Return the roots that anybody wants."""
         pinned = {path.name for path in self._pins.iterdir()}
-        return frozenset(pinned | {root for root, _ in self._all()})
+        with self._lock:
+            held = {root for root, count in self._held.items() if count > 0}
+        return frozenset(pinned | held | {root for root, _ in self._all()})
 
     def _all(self) -> list[tuple[BlobId, str]]:
         parts = (path.name.partition(".") for path in self._keeps.iterdir())

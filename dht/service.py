@@ -142,10 +142,11 @@ class ContentService:
             IntegrityError: every peer's manifest is another content's.
         """
         async with self._alone(root):
-            if await trio.to_thread.run_sync(self._blobs.has, root):
-                manifest = await trio.to_thread.run_sync(self._blobs.manifest, root)
-                yield PartialContent(self._blobs, root, manifest, _all_here)
-                return
+            with self._blobs.keeps.held(root):
+                if await trio.to_thread.run_sync(self._blobs.has, root):
+                    manifest = await trio.to_thread.run_sync(self._blobs.manifest, root)
+                    yield PartialContent(self._blobs, root, manifest, _all_here)
+                    return
             with collapse_group():
                 async with self._receiving(root, tuple(peers)) as part:
                     yield part
@@ -186,7 +187,8 @@ class ContentService:
             await self._download(partial, blocks, search)
 
         try:
-            yield PartialContent(self._blobs, root, manifest, download)
+            with self._blobs.keeps.held(root):
+                yield PartialContent(self._blobs, root, manifest, download)
         finally:
             self._blobs.release(partial)
             if not (partial.have or self._blobs.has(root)):

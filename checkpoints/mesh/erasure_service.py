@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import trio
 from msgspec.structs import replace
@@ -62,7 +63,8 @@ class Erasure:
                 root = BlobId(head.root)
                 try:
                     pieces = await self._make(run, root, data, extra)
-                    await self._heads.put(run, step, replace(head, pieces=pieces))
+                    if self._heads.newest(run).get(step) == head:  # not retired since
+                        await self._heads.put(run, step, replace(head, pieces=pieces))
                 except (FabricError, OSError) as exc:
                     self._fail(head.root, exc)
                 return True
@@ -74,23 +76,22 @@ class Erasure:
         size = (await trio.to_thread.run_sync(self._blobs.manifest, root)).size
         room = (data + extra) * (size // data + (2 << 20))
         await trio.to_thread.run_sync(self._blobs.make_room, room)
-        pieces = await trio.to_thread.run_sync(
-            make_pieces, self._blobs, root, data, extra
+        keep = partial(self._blobs.keeps.keep, owner=run)
+        return await trio.to_thread.run_sync(
+            make_pieces, self._blobs, root, data, extra, keep
         )
-        for piece in pieces:
-            await trio.to_thread.run_sync(self._blobs.keeps.keep, piece, run)
-        return pieces
 
     async def remake(self, want: Want, lost: frozenset[BlobId]) -> None:
-        """Make the pieces of a whole again; those that others hold go at once."""
+        """Make the pieces of a whole again; those that others alone hold go."""
         if want.root in self._failed:
             return
         extra = len(want.pieces) - want.needed
+        has = self._blobs.has
         try:
+            here = {p for p in want.pieces if await trio.to_thread.run_sync(has, p)}
             made = await self._make(want.run, want.root, want.needed, extra)
-            for piece in set(made) - lost:
-                await trio.to_thread.run_sync(self._blobs.keeps.drop, piece, want.run)
-                await trio.to_thread.run_sync(self._blobs.remove, piece)
+            for piece in set(made) - lost - here:
+                await trio.to_thread.run_sync(self._blobs.remove, piece, want.run)
         except (FabricError, OSError) as exc:
             self._fail(want.root, exc)
         else:
@@ -105,10 +106,10 @@ class Erasure:
                 if here == want.needed:
                     break
             await trio.to_thread.run_sync(self._blobs.make_room, want.size)
+            await trio.to_thread.run_sync(self._blobs.keeps.keep, want.root, want.run)
             await trio.to_thread.run_sync(
                 restore, self._blobs, want.root, want.pieces, want.needed
             )
-            await trio.to_thread.run_sync(self._blobs.keeps.keep, want.root, want.run)
         except (FabricError, OSError) as exc:
             log.warning("erasure.not_restored root=%s %r", want.root[:12], exc)
         else:

@@ -11,8 +11,9 @@ blocks without a head, which the next look removes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 COPIED = "checkpoint_copies_total"
 """Copies made here, and those that failed or were dropped, by label."""
+RETIRED = "retired"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Replication:
         self._table: ReplicaTable | None = None
         self._refused: dict[BlobId, float] = {}
         """Until when a copy is not tried again."""
-        self._protected: set[BlobId] = set()
+        self._publishing: Counter[str] = Counter()
+        self._removing = trio.Lock()
         self._wake = trio.Event()
         self._erasure = Erasure(
             own,
@@ -132,14 +135,16 @@ class Replication:
         """Look again soon."""
         self._wake.set()
 
-    @contextmanager
-    def protected(self, root: BlobId) -> Iterator[None]:
-        """Do not remove ``root`` while inside: it is about to get a head."""
-        self._protected.add(root)
+    @asynccontextmanager
+    async def publishing(self, run: str) -> AsyncIterator[None]:
+        """Remove nothing of ``run`` while inside: a step is about to get its head."""
+        self._publishing[run] += 1
         try:
+            async with self._removing:  # what began before ends before
+                pass
             yield
         finally:
-            self._protected.discard(root)
+            self._publishing[run] -= 1
 
     def copies(self) -> Mapping[BlobId, tuple[int, int]]:
         """Return how many copies there are and should be, as far as known here."""
@@ -149,10 +154,8 @@ class Replication:
 
     async def _turn(self, table: ReplicaTable) -> bool:
         """Look once and act; return whether there may be more to do at once."""
-        heads = self._ports.heads
-        newest = {run: heads.newest(run) for run in heads.runs()}
         now = trio.current_time()
-        table.set_wants(wants_of(newest), now)
+        table.set_wants(wants_of(self._newest()), now)
         table.set_members(self._ports.domains())
         await self._remove_retired()
         await self._note_own(table)
@@ -165,9 +168,13 @@ class Replication:
         copies = table.to_copy(now)
         for want in copies[:1]:
             await self._copy(want, table.holders(want.root, now))
-        return await self._code(table, newest) or bool(copies)
+        return await self._code(table) or bool(copies)
 
-    async def _code(self, table: ReplicaTable, newest: Newest) -> bool:
+    def _newest(self) -> Newest:
+        heads = self._ports.heads
+        return {run: heads.newest(run) for run in heads.runs()}
+
+    async def _code(self, table: ReplicaTable) -> bool:
         """Work on erasure-coded checkpoints; return whether there may be more to do."""
         now = trio.current_time()
         for want in table.to_remake(now)[:1]:
@@ -175,7 +182,7 @@ class Replication:
             await self._erasure.remake(want, lost)
         for want in table.to_restore(now)[:1]:
             await self._erasure.restore(want)
-        return await self._erasure.announce(newest)
+        return await self._erasure.announce(self._newest())
 
     async def _remove_retired(self) -> None:
         """Remove what is kept for runs that have newer checkpoints now."""
@@ -185,7 +192,7 @@ class Replication:
                 # Heads are read after the marks, and again for each root: what was
                 # marked a moment ago is protected, or has its head by now.
                 if self._is_retired(root, run):
-                    await self._remove(root, run, "retired")
+                    await self._remove(root, run, RETIRED)
 
     def _is_retired(self, root: BlobId, run: str) -> bool:
         newest = self._ports.heads.newest(run)
@@ -194,14 +201,15 @@ class Replication:
 
     async def _remove(self, root: BlobId, run: str, why: str) -> None:
         """Keep ``root`` no longer for ``run``; its blocks go if nobody wants them."""
-        if root in self._protected or root in self._ports.in_use():
-            return
-        blobs = self._ports.blobs
-        await trio.to_thread.run_sync(blobs.keeps.drop, root, run)
-        if await trio.to_thread.run_sync(blobs.remove, root):
-            self._ports.content.withdraw(root)
-            self._counters.add(COPIED, label=why)
-            log.info("replication.removed root=%s why=%s", root[:12], why)
+        async with self._removing:
+            if self._publishing[run] or root in self._ports.in_use():
+                return
+            if why == RETIRED and not self._is_retired(root, run):
+                return  # published again while we waited
+            if await trio.to_thread.run_sync(self._ports.blobs.remove, root, run):
+                self._ports.content.withdraw(root)
+                self._counters.add(COPIED, label=why)
+                log.info("replication.removed root=%s why=%s", root[:12], why)
 
     async def _note_own(self, table: ReplicaTable) -> None:
         roots = table.wanted()
@@ -275,9 +283,11 @@ class Replication:
         try:
             with trio.fail_after(self._config.fetch_timeout_seconds):
                 await trio.to_thread.run_sync(blobs.make_room, want.size)
-                await content.fetch(want.root, sorted(holders))
+                # marked first: a part that a crash leaves goes with the step's head
                 await trio.to_thread.run_sync(blobs.keeps.keep, want.root, want.run)
+                await content.fetch(want.root, sorted(holders))
         except (ResourceExhausted, IntegrityError, OSError) as exc:
+            await trio.to_thread.run_sync(blobs.remove, want.root, want.run)
             self._refuse(want, exc, self._config.retry_seconds)
         except (FabricError, trio.TooSlowError) as exc:  # the holders left: look again
             self._refuse(want, exc, self._config.period_seconds)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -66,6 +67,7 @@ class CheckpointFlow:
         self._content = content
         self._replication = replication
         self._folder = folder
+        self._laying_out = trio.Lock()
 
     async def publish(
         self, job: JobId, spec: JobSpec, directory: Path, round: int
@@ -86,13 +88,12 @@ class CheckpointFlow:
             ResourceExhausted: no room for it.
         """
         run = job[:RUN_CHARS]
-        try:
-            root = await trio.to_thread.run_sync(self._add, directory)
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(shutil.rmtree, directory, True)
-        with self._replication.protected(root):
-            await trio.to_thread.run_sync(self._blobs.keeps.keep, root, run)
+        async with self._replication.publishing(run):
+            try:
+                root = await trio.to_thread.run_sync(self._add, directory, run)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(shutil.rmtree, directory, True)
             await self._content.provide(root)
             manifest = await trio.to_thread.run_sync(self._blobs.manifest, root)
             head = CheckpointHead(
@@ -108,14 +109,15 @@ class CheckpointFlow:
         self._replication.wake()
         return root
 
-    def _add(self, directory: Path) -> BlobId:
+    def _add(self, directory: Path, run: str) -> BlobId:
         report = verify_checkpoint(directory)
         if not report.ok:
             raise IntegrityError(
                 f"the checkpoint in {directory} does not verify: {report.findings[0]}"
             )
         self._blobs.make_room(report.checked_bytes + MAX_MANIFEST_BYTES)
-        return self._blobs.add_directory(locate(directory).path)
+        keep = partial(self._blobs.keeps.keep, owner=run)
+        return self._blobs.add_directory(locate(directory).path, mark=keep)
 
     async def obtain(self, root: str) -> Path:
         """Return the directory of checkpoint ``root``, fetched if it is not here.
@@ -129,9 +131,12 @@ class CheckpointFlow:
         target = self._folder / blob
         if await trio.to_thread.run_sync(target.is_dir):
             return target
-        with trio.fail_after(FETCH_SECONDS):
-            await self._content.fetch(blob)
-        await trio.to_thread.run_sync(self._blobs.export, blob, target)
+        with self._blobs.keeps.held(blob):
+            with trio.fail_after(FETCH_SECONDS):
+                await self._content.fetch(blob)
+            async with self._laying_out:
+                if not await trio.to_thread.run_sync(target.is_dir):
+                    await trio.to_thread.run_sync(self._blobs.export, blob, target)
         return target
 
     async def first_round(self, spec: JobSpec) -> int:
@@ -213,7 +218,7 @@ class CheckpointFlow:
         )
 
     async def _fetch_all(self, blob: BlobId, target: Path) -> FetchedView:
-        with trio.fail_after(FETCH_SECONDS):
+        with trio.fail_after(FETCH_SECONDS), self._blobs.keeps.held(blob):
             async with self._opened(blob) as (part, manifest, root):
                 size = part.manifest.size
                 await part.need([(0, size)])

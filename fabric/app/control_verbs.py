@@ -224,19 +224,16 @@ class ControlVerbs:
         return tuple(lines)
 
     async def _content_add(self, session: Session, path: Path) -> str:
-        add = session.blobs.add_file
-        if await trio.to_thread.run_sync(path.is_dir):
-            add = session.blobs.add_directory
-        root = await trio.to_thread.run_sync(add, path)
-        await trio.to_thread.run_sync(session.blobs.pin, root)
+        root = await trio.to_thread.run_sync(session.blobs.add_pinned, path)
         await session.content.provide(root)
         return root
 
     async def _content_get(self, session: Session, root: str, path: Path) -> None:
         blob = content_root(root)
-        with trio.fail_after(LOCAL_SECONDS):
-            await session.content.fetch(blob)
-        await trio.to_thread.run_sync(session.blobs.export, blob, path)
+        with session.blobs.keeps.held(blob):
+            with trio.fail_after(LOCAL_SECONDS):
+                await session.content.fetch(blob)
+            await trio.to_thread.run_sync(session.blobs.export, blob, path)
 
     async def _down(self, *, drain: bool) -> None:
         if drain:

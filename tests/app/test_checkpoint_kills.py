@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,9 @@ class Disk:
     async def provide(self, root):
         await trio.lowlevel.checkpoint()
 
-    def protected(self, root):
-        return trio.CancelScope()
+    @asynccontextmanager
+    async def publishing(self, run):
+        yield
 
     def wake(self):
         pass

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -355,3 +356,48 @@ def test_bitmaps_round_trip_and_refuse_foreign_bits(n, data):
     raw = data.draw(st.binary(max_size=30))
     with suppress(RemoteProtocolError):
         assert bitmap.decode_untrusted(raw, n) <= bitmap.full(n)
+
+
+def test_what_is_marked_or_held_is_never_collected(store, monkeypatch):
+    publish, mark = store._publish, partial(store.keeps.keep, owner="run")
+
+    def collected(work, root):
+        """Collect at the very moment at which new content can be seen."""
+        publish(work, root)
+        store.gc()
+
+    monkeypatch.setattr(store, "_publish", collected)
+    gone = store.add_bytes(b"nobody wants it")
+    assert not store.has(gone)
+    wanted = store.add_bytes(b"somebody does", mark=mark)
+    assert store.has(wanted)
+    with store.keeps.held(wanted), store.keeps.held(wanted):
+        assert not store.remove(wanted, "run")
+        assert store.gc() == []
+    assert store.keeps.kept() == {}
+    assert store.gc() == [wanted]
+
+
+def test_what_is_received_keeps_its_mark(store, tmp_path):
+    root = BlobStore(tmp_path / "other", 1 << 30).add_bytes(THREE)
+    manifest = BlobStore(tmp_path / "other", 1 << 30).manifest(root)
+    store.keeps.keep(root, "run")
+    part = store.open_partial(root, manifest)
+    assert not store.remove(root, "run")
+    assert store.keeps.owners(root) == {"run"}
+    store.release(part)
+    assert store.remove(root, "run")
+    assert store.keeps.kept() == {}
+    assert not store.ls()
+
+
+def test_content_that_goes_while_it_is_listed_is_left_out(store, monkeypatch):
+    first, second = store.add_bytes(b"1"), store.add_bytes(b"2")
+    stat = store.stat
+
+    def gone(root):
+        store.remove(min(first, second))
+        return stat(root)
+
+    monkeypatch.setattr(store, "stat", gone)
+    assert [each.root for each in store.ls()] == [max(first, second)]

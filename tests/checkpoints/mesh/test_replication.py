@@ -2,17 +2,24 @@
 
 import random
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from checkpoints.mesh.config import ReplicationConfig
+from checkpoints.mesh.erasure_service import Erasure
 from checkpoints.mesh.placement import Domain
+from checkpoints.mesh.replicas import Want
 from checkpoints.mesh.replication_service import Replication, ReplicationPorts
 from crdt_store.views import CheckpointHead, Heads
+from dht.blobs import BlobStore
 from dht.download_service import BAD_BLOCKS
+from dht.erasure import make_pieces
 from fabric.core.digest import BLOCK_BYTES
 from fabric.core.errors import ResourceExhausted
+from fabric.core.ids import PeerId
 from tests.dht.conftest import Mesh
 
 pytestmark = pytest.mark.slow
@@ -96,13 +103,13 @@ class World:
 
     async def publish(self, peer, step, *, size=3 * BLOCK_BYTES + 5, **head):
         data = random.Random(step).randbytes(size)
-        root = peer.blobs.add_bytes(data, f"step-{step}")
-        head = CheckpointHead(
-            root=root, bytes=size, round=step, writer=peer.own, **head
-        )
         service = self.services[peer.own]
-        with service.protected(root):
-            peer.blobs.keeps.keep(root, "run")
+        async with service.publishing("run"):
+            mark = partial(peer.blobs.keeps.keep, owner="run")
+            root = peer.blobs.add_bytes(data, f"step-{step}", mark=mark)
+            head = CheckpointHead(
+                root=root, bytes=size, round=step, writer=peer.own, **head
+            )
             await service._ports.heads.put("run", step, head)
         return root
 
@@ -239,13 +246,65 @@ async def test_a_step_published_in_the_middle_of_a_look_stays(world, monkeypatch
     assert a.blobs.has(published[0])
 
 
+async def test_a_step_published_again_while_it_is_removed_stays(world, monkeypatch):
+    a = await world.join("a")
+    root = await world.publish(a, 1, keep=1)
+    token, begun, done = trio.lowlevel.current_trio_token(), [], trio.Event()
+    remove = a.blobs.remove
+
+    async def publish_again():
+        async with world.services[a.own].publishing("run"):
+            mark = partial(a.blobs.keeps.keep, owner="run")
+            size = 3 * BLOCK_BYTES + 5
+            again = a.blobs.add_bytes(
+                random.Random(1).randbytes(size), "step-1", mark=mark
+            )
+            head = CheckpointHead(root=again, bytes=size, round=3, writer=a.own, keep=1)
+            await world.services[a.own]._ports.heads.put("run", 3, head)
+        done.set()
+
+    async def meanwhile():
+        begun.append(root)
+        world.nursery.start_soon(publish_again)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+
+    def slow_remove(which, owner=""):
+        """Remove after the same bytes were begun to be published as a later step."""
+        if which == root and not begun:
+            trio.from_thread.run(meanwhile, trio_token=token)
+        return remove(which, owner)
+
+    monkeypatch.setattr(a.blobs, "remove", slow_remove)
+    await world.publish(a, 2, keep=1)
+    with trio.fail_after(20):
+        await done.wait()
+    await trio.sleep(4 * QUICK.period_seconds)
+    assert begun
+    assert a.blobs.has(root)
+
+
+async def test_remade_pieces_do_not_push_out_those_that_were_here(tmp_path):
+    pytest.importorskip("zfec")
+    blobs = BlobStore(tmp_path, 1 << 30)
+    data = random.Random(1).randbytes(3 * BLOCK_BYTES)
+    root = blobs.add_bytes(data, mark=partial(blobs.keeps.keep, owner="run"))
+    pieces = make_pieces(blobs, root, 2, 2, partial(blobs.keeps.keep, owner="run"))
+    for piece in (pieces[0], *pieces[2:]):
+        assert blobs.remove(piece, "run")
+    want = Want(root, "run", 1, len(data), 2, pieces=pieces, needed=2)
+    erasure = Erasure(PeerId("a"), None, blobs, None, 1)
+    await erasure.remake(want, frozenset(pieces[:1]))
+    assert [blobs.has(piece) for piece in pieces] == [True, True, False, False]
+    assert blobs.keeps.kept() == {"run": {root, *pieces[:2]}}
+
+
 async def test_what_a_crash_left_without_a_head_goes(world):
     a = await world.join("a")
     orphan = a.blobs.add_bytes(b"half a story", "step-1")
     a.blobs.keeps.keep(orphan, "run")
     await trio.sleep(4 * QUICK.period_seconds)
     assert a.blobs.has(orphan), "no head of the run is known: nothing is judged"
-    with world.services[a.own].protected(orphan):
+    async with world.services[a.own].publishing("run"):
         root = await world.publish(a, 2)
         await trio.sleep(4 * QUICK.period_seconds)
         assert a.blobs.has(orphan), "it may be about to get a head"
