@@ -138,7 +138,7 @@ class JobTask:
     ) -> None:
         self.seat = seat
         self.log = EventLog(config.log_events)
-        self.ended = False
+        self.serves, self.ended = False, False
         self.fault: FabricError | None = None
         self._host = make_host(self) if make_host is not None else None
         self._rpc, self._store, self._scratch = rpc, store, scratch
@@ -188,6 +188,7 @@ class JobTask:
         """Own the seat until the job is over and told, or our disk refuses."""
         try:
             await self._recall()
+            self.serves = True
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._publisher.run)
                 await self._serve(nursery)

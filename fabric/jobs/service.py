@@ -141,7 +141,7 @@ class JobsService:
         """Hint to every seat whose connection broke."""
         with self._rpc.lost() as lost:
             async for peer in lost:
-                for task in [t for t in self._tasks.values() if not t.ended]:
+                for task in [t for t in self._tasks.values() if t.serves]:
                     with contextlib.suppress(Unavailable):
                         await task.order(_broke(peer))
 
@@ -214,7 +214,7 @@ class JobsService:
         """Tell every seat what the replicated state says."""
         members = self._members()
         for job, task in list(self._tasks.items()):
-            if task.ended:
+            if task.ended or not task.serves:  # all others would wait for it
                 continue
             status, hint = self._store.status(job), self._store.coordinator(job)
             settings = self._store.settings(job, task.seat.spec)

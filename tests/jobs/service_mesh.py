@@ -145,6 +145,7 @@ class Mesh:
         self.disks = {i: {} for i in range(7)}
         self.services, self.scopes, self.stores, self.counters = {}, {}, {}, {}
         self.members = {}
+        self.hot = None
 
     async def start(self, index):
         me = self.ids[index]
@@ -161,6 +162,7 @@ class Mesh:
             members=lambda: self.members,
             scratch_root=self.tmp_path / str(index),
             on_checkpoint=self.on_checkpoint,
+            hot=self.hot,
             counters=self.counters[index],
             clock=trio.current_time,
         )

@@ -55,6 +55,37 @@ async def test_a_killed_process_is_replaced_without_the_full_patience(
     assert trio.current_time() - killed_at < 0.4 * 4.0
 
 
+class ForgetfulMemory:
+    """Hot states of a peer that keeps none and waits for others in vain."""
+
+    def newest(self, job):
+        return None
+
+    def checkpoint(self, job, spec, participants):
+        return 0
+
+    async def recall(self, job, participants):
+        await trio.sleep(1000)
+
+    async def forget(self, job):
+        pass
+
+
+async def test_a_job_that_waits_for_its_state_holds_no_other_up(autojump_clock, mesh):
+    await mesh.services[0].submit(spec(rounds=1000))
+    await mesh.until(mesh.decided(2))
+    mesh.kill(1)
+    mesh.hot = ForgetfulMemory()
+    await mesh.start(1)
+    await trio.sleep(2 * mesh.config.refresh_seconds)  # it has looked around
+    other = await mesh.services[0].submit(spec())
+
+    def done():
+        return {v.state for v in mesh.services[1].jobs() if v.job == other} == {"done"}
+
+    await mesh.until(done)
+
+
 async def test_a_broken_connection_alone_kills_nobody(autojump_clock, mesh):
     await mesh.services[0].submit(spec(rounds=12))
     await mesh.until(mesh.decided(2))
