@@ -6,7 +6,7 @@ r"""What one peer believes of each member, from first-hand words and from hearsa
                               its own word: a message, a connection, a signed claim
 
 Hearsay never kills: whatever others say of a member starts a suspicion of our own, in
-which it can answer, and at its end we ask once more ourselves. Hearsay never revives
+which it can answer, and we ask it ourselves, again and again. Hearsay never revives
 either, but for the member's own signature.
 """
 
@@ -19,6 +19,7 @@ from enum import StrEnum
 from random import Random
 
 from crdt_store.liveness.config import LivenessConfig
+from crdt_store.liveness.losses import Losses
 from crdt_store.liveness.messages import MAX_INTRODUCED, Claim, Standing
 from crdt_store.liveness.news import News
 from crdt_store.liveness.rounds import Rounds
@@ -58,6 +59,7 @@ class Beliefs:
         counts: Refused claims, by name.
         hinted: Members to look at soon.
         urgent: A suspicion was answered: others should hear before it ends there.
+        losses: Of our calls, which set how often a suspect is asked.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Beliefs:
         self.hinted: dict[PeerId, None] = {}
         self.urgent = False
         self.dead: dict[PeerId, int] = {}
-        self.suspicions = Suspicions(config)
+        self.losses = Losses()
+        self.suspicions = Suspicions(config, self.losses)
         self._me = me
         self._config = config
         self._verify = verify
@@ -145,6 +148,7 @@ class Beliefs:
         self.rounds.remove(peer)
         self._unknown.discard(peer)
         self.suspicions.lift(peer)
+        self.losses.forget(peer)
         self.news.forget(peer)
         for table in (self.dead, self._incarnations, self._heard, self._owed):
             table.pop(peer, None)
@@ -170,6 +174,7 @@ class Beliefs:
 
     def witness(self, peer: PeerId, incarnation: int | None, now: float) -> None:
         """Take the word of member ``peer`` itself, in ``incarnation`` if it says so."""
+        self.losses.heard(peer)
         heard = self._heard
         heard.pop(peer, None)
         heard[peer] = now
@@ -195,26 +200,28 @@ class Beliefs:
         self._changed.add(peer)
         self.news.acquit(peer)
 
+    def unanswered(self, peer: PeerId) -> None:
+        """A call of ``peer`` itself brought no answer."""
+        if peer in self.rounds and peer not in self.dead:
+            self.losses.unanswered(peer)
+
     def suspect(self, peer: PeerId, now: float) -> None:
         """Nobody we asked reached ``peer``."""
         incarnation = self._incarnations.get(peer, 0)
         self._accuse(Claim(peer, incarnation, Standing.SUSPECT, self._me), now)
-        suspicion = self.suspicions.get(peer)
-        assert suspicion is not None
-        suspicion.tried = True
 
-    def untried(self, now: float) -> list[PeerId]:
-        """Return the suspects whose time is over, but whom we never asked ourselves."""
-        due = self.suspicions.due(now)
-        return [p for p in due if (s := self.suspicions.get(p)) and not s.tried]
+    def to_ask(self, now: float, patience: float) -> list[tuple[PeerId, float]]:
+        """Return the suspects to ask now, and until when each may answer."""
+        return self.suspicions.to_ask(now, self.num_members, patience)
 
     def bury_due(self, now: float) -> list[PeerId]:
         """Return the suspects whose time is over; they are dead now."""
-        over = self.suspicions.due(now)
+        over = self.suspicions.due(now, self.num_members)
         for peer in over:
             suspicion = self.suspicions.lift(peer)
             assert suspicion is not None
             self.hinted.pop(peer, None)
+            self.losses.forget(peer)
             self.dead[peer] = suspicion.incarnation
             self._changed.add(peer)
             self.news.add(Claim(peer, suspicion.incarnation, Standing.DEAD, self._me))

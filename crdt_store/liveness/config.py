@@ -11,6 +11,12 @@ CONFIRMATIONS = 3
 """K of Lifeguard: further accusers that bring a suspicion's timeout to its minimum."""
 DETECTION_PERIODS = 5
 """Nobody probes a ghost in so many periods with probability e^-5 < 1 %."""
+MIN_ASKED = 3
+"""Times a suspect is asked where no call is lost: it may stall just now."""
+MAX_ASKED = 12
+"""Times a suspect is asked where most calls are lost."""
+MISSED = 1e-6
+"""How likely all calls of a living suspect may be lost, as far as MAX_ASKED permits."""
 
 
 class LivenessConfig(
@@ -53,14 +59,34 @@ class LivenessConfig(
         share = math.log(heard + 1) / math.log(CONFIRMATIONS + 1)
         return high - (high - low) * share
 
+    def times_asked(self, num_members: int, lost: float) -> int:
+        """Return how often a suspect is asked at least before it is dead.
+
+        If each call is lost with probability f, all n are with f^n: n is chosen to keep
+        that below MISSED, but each call has time for an answer within the shortest
+        suspicion, so that asking more often does not make a ghost stay longer.
+
+        Args:
+            num_members: Members that are there.
+            lost: Share of our calls that are lost.
+        """
+        room = int(self.shortest_suspicion(num_members) / self.probe_seconds) - 1
+        wanted = MAX_ASKED
+        if lost < 1:
+            wanted = math.ceil(math.log(MISSED) / math.log(max(lost, MISSED)))
+        return max(1, min(max(wanted, MIN_ASKED), MAX_ASKED, room))
+
     def ghost_bound_seconds(self, num_members: int) -> float:
         """Return seconds after which a killed peer is dead in every member's view.
 
         It is probed within DETECTION_PERIODS, suspected at the end of that period, the
         news is everywhere after log2 N + 1 periods of exchange both ways, and whoever
         missed it hears of the death when the first suspicion ends and waits a shortest
-        suspicion of its own, and at the end asks itself. Typical is a third of this: a
+        suspicion of its own, within which it asks itself. Typical is a third of this: a
         broken connection is probed at once, and confirmed by all who had one.
+
+        If calls begin to be lost while a suspicion runs, what is still to be asked may
+        take up to a shortest suspicion more.
         """
         news = math.log2(max(2, num_members)) + 1
         periods = DETECTION_PERIODS + 2 + 2 * news

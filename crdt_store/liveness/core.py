@@ -4,6 +4,7 @@ r"""Who is there? SWIM's probing with Lifeguard's suspicion, without I/O.
                   k others --Ping(target)--> silent too, or a period is over
                       -> suspect, and everybody hears of it with the next messages
     suspect:      answers anybody, or refutes with a higher incarnation -> alive
+                  each who suspects it asks it itself, the oftener the more is lost
                   or its time runs out -> dead; dead ones are still tried, seldom
 
 Slow is not dead: a suspicion lasts several periods; everything waits longer while *we*
@@ -205,8 +206,9 @@ class Swim:
         return calls
 
     def _end_suspicions(self, now: float) -> None:
-        for peer in self._beliefs.untried(now):
-            self._ask_last(peer, now)
+        patience = self._stretched(self._config.probe_seconds)
+        for peer, until in self._beliefs.to_ask(now, patience):
+            self._tell(peer, now, until - now)
         for peer in self._beliefs.bury_due(now):
             self._probes.pop(peer, None)
             self.loads.forget(peer)
@@ -252,14 +254,8 @@ class Swim:
         deadline = now + self._stretched(self._config.probe_seconds)
         self._out.append(Call(target, self._ping(target, now), deadline, target))
 
-    def _ask_last(self, peer: PeerId, now: float) -> None:
-        """Hearsay alone does not kill: ask ``peer`` ourselves, without relays."""
-        ends = now + self._stretched(self._config.probe_seconds)
-        self._beliefs.suspicions.extend(peer, ends)
-        self._tell(peer, now, self._stretched(self._config.probe_seconds))
-
     def _tell(self, peer: PeerId, now: float, seconds: float) -> None:
-        """Say what we have to say to ``peer``; silence decides nothing."""
+        """Say what we have to say to ``peer``; its answer is a sign of life."""
         self._out.append(Call(peer, self._ping(peer, now), now + seconds))
 
     def _ping(self, peer: PeerId, now: float, target: PeerId = NOBODY) -> Ping:
@@ -276,6 +272,7 @@ class Swim:
     def answered(self, call: Call, ack: Ack, now: float) -> None:
         """``call.peer`` answered ``call``."""
         self._hear(call.peer, ack, now)
+        self._beliefs.losses.answered()
         if call.ping.intro:
             self._introduced = True
             self._accord.hear_list(ack.claims)
@@ -288,11 +285,14 @@ class Swim:
 
     def failed(self, call: Call, now: float) -> None:
         """``call`` brought no answer by its deadline, or was refused."""
+        stalled = now - call.deadline > STALL_SECONDS  # we could not hear an answer
+        if not stalled and not call.ping.target:
+            self._beliefs.unanswered(call.peer)
         probe = self._probes.get(call.about)
         if probe is None:
             return
-        if now - call.deadline > STALL_SECONDS:
-            del self._probes[call.about]  # we did not run, so we could not hear it
+        if stalled:
+            del self._probes[call.about]
             self._be_aware(+1)
         elif now >= probe.ends:
             return  # the next poll judges

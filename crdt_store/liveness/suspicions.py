@@ -1,4 +1,14 @@
-"""Suspects and how long each may still answer."""
+r"""Suspects, how long each may still answer, and when we ask it ourselves.
+
+    first heard      gap       gap             gap
+    since --------> ask ----> ask --> ... ---------> dead, if its time is over
+                     \_________/ it may answer this one until the next begins
+
+All n calls take place within the shortest suspicion, S_min / (n + 1) apart, so asking
+oftener keeps no ghost longer. The first comes after one gap: until then the news of an
+answer to somebody else may be here. While nobody confirms, time lasts longer, and the
+suspect is asked on. Few calls are made where few are lost (``config.times_asked``).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from crdt_store.liveness.config import CONFIRMATIONS, LivenessConfig
+from crdt_store.liveness.losses import Losses
 from crdt_store.liveness.messages import Claim, Standing
 from fabric.core.ids import PeerId
+
+FEW = 16
+"""So many suspects may answer until the next call; of more, each call is short."""
 
 
 @dataclass(slots=True)
@@ -18,22 +32,37 @@ class Suspicion:
     Attributes:
         incarnation: It answers with a higher one, or to us.
         since: When we heard of it first.
+        next_ask: When we ask it again.
         accusers: Who says so, ourselves perhaps included.
         deadline: When its time is over.
-        tried: We ourselves asked it since, in vain or not yet answered.
+        asked: How often we asked it.
+        patient_until: When silence to the latest call is an answer.
     """
 
     incarnation: int
     since: float
+    next_ask: float
     accusers: set[PeerId] = field(default_factory=set)
     deadline: float = math.inf
-    tried: bool = False
+    asked: int = 0
+    patient_until: float = -math.inf
+
+    @property
+    def over(self) -> float:
+        """When it is dead, if it was asked often enough by then."""
+        return max(self.deadline, self.patient_until)
 
 
 class Suspicions:
-    """All running suspicions of one peer."""
+    """All running suspicions of one peer.
 
-    def __init__(self, config: LivenessConfig) -> None:
+    Args:
+        config: Periods.
+        losses: They set how often a suspect is asked.
+    """
+
+    def __init__(self, config: LivenessConfig, losses: Losses) -> None:
+        self._losses = losses
         self._config = config
         self._running: dict[PeerId, Suspicion] = {}
         self._next = math.inf
@@ -63,7 +92,9 @@ class Suspicions:
         """
         held = self._running.get(claim.subject)
         if held is None:
-            held = self._running[claim.subject] = Suspicion(claim.incarnation, now)
+            first = now + self._gap(num_members)
+            held = Suspicion(claim.incarnation, now, first)
+            self._running[claim.subject] = held
         elif claim.incarnation > held.incarnation:
             held.incarnation = claim.incarnation
         accusers, proven = held.accusers, claim.standing is Standing.DEAD
@@ -74,7 +105,7 @@ class Suspicions:
             return False  # said before: most of what is heard while a ghost is mourned
         wait = self._wait(num_members, CONFIRMATIONS + 1 if proven else len(accusers))
         held.deadline = min(held.deadline, held.since + wait)
-        self._next = min(self._next, held.deadline)
+        self._next = min(self._next, held.next_ask, held.over)
         return news
 
     def _wait(self, num_members: int, voices: int) -> float:
@@ -93,28 +124,67 @@ class Suspicions:
             self._next = math.inf
         return self._running.pop(peer, None)
 
-    def due(self, now: float) -> list[PeerId]:
-        """Return the suspects whose time is over."""
+    # --- asking
+
+    def _enough(self, num_members: int) -> int:
+        return self._config.times_asked(num_members, self._losses.share)
+
+    def _gap(self, num_members: int) -> float:
+        least = self._config.shortest_suspicion(num_members)
+        return least / (self._enough(num_members) + 1)
+
+    def to_ask(
+        self, now: float, num_members: int, patience: float
+    ) -> list[tuple[PeerId, float]]:
+        """Return whom to ask now, and until when each may answer that call.
+
+        Args:
+            now: Monotonic seconds.
+            num_members: Members that are there.
+            patience: Seconds after which silence is an answer.
+        """
         if now < self._next:
             return []
-        over = [peer for peer, s in self._running.items() if s.deadline <= now]
-        self._next = min((s.deadline for s in self._running.values()), default=math.inf)
-        return over
+        enough, chosen = self._enough(num_members), list[tuple[PeerId, float]]()
+        gap, few = self._gap(num_members), len(self._running) <= FEW
+        for peer, held in self._running.items():
+            if now < held.next_ask:
+                continue
+            if held.asked >= enough and now + patience > held.deadline:
+                held.next_ask = held.over  # there is no time for another answer
+                continue
+            held.asked += 1
+            held.next_ask, held.patient_until = now + gap, now + patience
+            until = held.patient_until
+            chosen.append((peer, max(until, held.next_ask) if few else until))
+        return chosen
 
-    def extend(self, peer: PeerId, until: float) -> None:
-        """Give ``peer`` time until then for its last answer."""
-        held = self._running[peer]
-        held.tried, held.deadline = True, until
-        self._next = min(self._next, until)
+    def due(self, now: float, num_members: int) -> list[PeerId]:
+        """Return the suspects whose time is over; those to ask were asked."""
+        if now < self._next:
+            return []
+        enough = self._enough(num_members)
+        over: list[PeerId] = []
+        self._next = math.inf
+        for peer, held in self._running.items():
+            spent = held.asked >= enough
+            if spent and held.over <= now:
+                over.append(peer)
+            else:
+                due = min(held.next_ask, held.over) if spent else held.next_ask
+                self._next = min(self._next, due)
+        return over
 
     def postpone(self, seconds: float) -> None:
         """Give everybody more time: we slept and could not have heard an answer."""
-        for suspicion in self._running.values():
-            suspicion.since += seconds
-            suspicion.deadline += seconds
-            suspicion.tried = False
+        for held in self._running.values():
+            held.since += seconds
+            held.deadline += seconds
+            held.next_ask += seconds
+            held.patient_until += seconds
+            held.asked = max(0, held.asked - 1)
         self._next += seconds
 
     def next_timeout(self) -> float:
-        """Return when :meth:`due` may have somebody."""
+        """Return when :meth:`to_ask` or :meth:`due` may have somebody."""
         return self._next

@@ -11,17 +11,20 @@ from crdt_store.liveness.config import LivenessConfig
 from crdt_store.liveness.core import Call, State, Swim
 from crdt_store.liveness.messages import CODEC, Ack
 from fabric.app.neighbours import Rings
+from fabric.core.digest import digest
 from fabric.core.ids import PeerId
 
 LATENCY = 0.02
 
 
 def name(number: int) -> PeerId:
-    return PeerId(f"p{number:04d}")
+    """Return an id as long as real ones: most of a message is ids."""
+    return PeerId(f"12D3KooW{number:044d}")
 
 
 def seal_of(peer: PeerId, incarnation: int) -> bytes:
-    return f"{peer}:{incarnation}".encode()
+    """Stand for a signature, and be as long."""
+    return 2 * digest(f"{peer}:{incarnation}".encode())
 
 
 class Fleet:

@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from crdt_store.liveness.config import CONFIRMATIONS, LivenessConfig
+from crdt_store.liveness.config import (
+    CONFIRMATIONS,
+    MAX_ASKED,
+    MIN_ASKED,
+    MISSED,
+    LivenessConfig,
+)
 from crdt_store.liveness.core import MAX_AWARENESS, MAX_JUMP, Call, State, Swim
+from crdt_store.liveness.losses import Losses
 from crdt_store.liveness.messages import (
     CODEC,
     MAX_INCARNATION,
@@ -215,8 +222,7 @@ def test_the_bound_grows_with_the_logarithm_of_the_mesh():
     assert max(steps) - min(steps) < 1e-6
 
 
-def test_one_liar_kills_nobody_and_revives_nobody():
-    victim, liar = PEERS[0], PEERS[1]
+def accused_core(victim, liar):
     swim = core()
     swim.set_members(PEERS)
     lies = tuple(
@@ -226,20 +232,68 @@ def test_one_liar_kills_nobody_and_revives_nobody():
     )
     swim.receive(liar, Ping(0, lies), 0.0)
     assert swim.state(victim) is State.SUSPECT
-    now = 0.0
-    calls = []
-    while not any(call.peer == victim and not call.about for call in calls):
+    return swim
+
+
+@pytest.mark.parametrize("answered", range(1, MIN_ASKED + 1))
+def test_one_liar_kills_nobody_and_revives_nobody(answered):
+    """Whichever of our calls the victim answers, it is alive."""
+    victim, liar = PEERS[0], PEERS[1]
+    swim = accused_core(victim, liar)
+    now, asked = 0.0, []
+    while len(asked) < answered:
         now = swim.next_timeout()
         calls = swim.poll(now)
+        asked += [call for call in calls if call.peer == victim and not call.about]
         assert swim.state(victim) is State.SUSPECT
-    last = next(call for call in calls if call.peer == victim)
-    assert now >= CONFIG.shortest_suspicion(7)
+    last = asked[-1]
     assert any(claim.subject == victim for claim in last.ping.claims)
     swim.answered(last, Ack(0), now)
     assert swim.state(victim) is State.ALIVE
     forged = Claim(victim, 7, Standing.ALIVE, victim, b"forged")
     swim.receive(liar, Ping(0, (forged,)), now)
     assert swim.counts["bad_signature"] == 1
+
+
+def test_who_answers_none_of_our_calls_is_dead_when_its_time_is_over():
+    victim = PEERS[0]
+    swim = accused_core(victim, PEERS[1])
+    now, asked = 0.0, []
+    while swim.state(victim) is State.SUSPECT:
+        now = swim.next_timeout()
+        calls = swim.poll(now)
+        asked += [call for call in calls if call.peer == victim and not call.about]
+    assert swim.state(victim) is State.DEAD
+    assert len(asked) >= MIN_ASKED
+    assert now == pytest.approx(CONFIG.shortest_suspicion(7), abs=0.01)
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1), st.floats(0, 1))
+def test_the_more_is_lost_the_oftener_is_asked_within_the_shortest_time(n, low, high):
+    low, high = sorted((low, high))
+    times = CONFIG.times_asked(n, high)
+    assert MIN_ASKED <= CONFIG.times_asked(n, low) <= times <= MAX_ASKED
+    gap = CONFIG.shortest_suspicion(n) / (times + 1)
+    assert gap >= CONFIG.probe_seconds
+    assert times == MAX_ASKED or high**times <= MISSED * 1.001
+
+
+def test_a_call_is_lost_only_if_its_peer_lives():
+    losses = Losses()
+    ghost, lossy = PEERS[0], PEERS[1]
+    for _ in range(200):
+        losses.unanswered(ghost)
+    losses.forget(ghost)
+    losses.heard(ghost)
+    assert losses.share == 0
+    for turn in range(200):  # every other call is lost
+        losses.unanswered(lossy) if turn % 2 else losses.answered()
+        losses.heard(lossy)
+        assert 0 <= losses.share < 1
+    assert losses.share == pytest.approx(0.5, abs=0.05)
+    for _ in range(200):
+        losses.answered()
+    assert losses.share < 0.001
 
 
 def test_a_claim_of_life_is_signed_for_one_mesh_and_incarnation():
