@@ -24,10 +24,14 @@ settings.load_profile("fast")
 def pytest_collection_modifyitems(items):
     """Begin with the files that wait for daemons; in a soak, multiply example counts.
 
-    Last, they would leave workers idle: each file runs in one of them.
+    Last, they would leave workers idle: each file runs in one of them. So would slow
+    tests, which come next.
     """
-    slow = {item.path for item in items if item.get_closest_marker("scenario")}
-    items.sort(key=lambda item: item.path not in slow)
+    first = [
+        {item.path for item in items if item.get_closest_marker(marker)}
+        for marker in ("scenario", "slow")
+    ]
+    items.sort(key=lambda item: [item.path not in files for files in first])
     if FACTOR == 1:
         return
     seen = set()
