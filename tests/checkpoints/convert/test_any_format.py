@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from checkpoints import cli
+from checkpoints import cli, cli_output
 from checkpoints.conversion import convert
 from checkpoints.conversion_plan import ConvertOptions
 from checkpoints.dtypes import item_bytes
@@ -51,6 +51,7 @@ def source(tmp_path):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs the command in this process: (status, stdout, stderr)."""
+    monkeypatch.setattr(cli_output, "PROGRESS_SECONDS", 3600)  # a busy machine is slow
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["fabric-ckpt", *map(str, arguments)])
