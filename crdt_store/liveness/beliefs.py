@@ -231,6 +231,8 @@ class Beliefs:
 
     def hear_claim(self, claim: Claim, now: float) -> None:
         """Take a claim about somebody else than ourselves."""
+        if self.suspicions.heard_before(claim):
+            return
         peer = claim.subject
         known = self._incarnations.get(peer, 0)
         if peer not in self.rounds.members or claim.incarnation < known:

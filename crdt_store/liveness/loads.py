@@ -65,9 +65,12 @@ class Loads:
 
     def reports(self, now: float) -> tuple[Report, ...]:
         """Return the loads that peers told us last, to pass on."""
-        found: list[Report] = []
-        for peer in self._met:
-            held = self._heard.get(peer)
-            if held is not None and 0 <= (age := now - held[0]) < KEPT_SECONDS / 2:
-                found.append(Report(peer, int(age * 1000), held[1]))
-        return tuple(found)
+        heard = self._heard
+        return tuple(
+            [
+                Report(peer, int(age * 1000), held[1])
+                for peer in self._met
+                if (held := heard.get(peer)) is not None
+                and 0 <= (age := now - held[0]) < KEPT_SECONDS / 2
+            ]
+        )

@@ -82,6 +82,18 @@ class Suspicions:
         """Return the suspicion of ``peer``."""
         return self._running.get(peer)
 
+    def heard_before(self, claim: Claim) -> bool:
+        """Return whether an accusation adds nothing to a running suspicion.
+
+        Most of what is heard while a ghost is mourned does not.
+        """
+        held = self._running.get(claim.subject)
+        if held is None or claim.incarnation > held.incarnation:
+            return False
+        enough = len(held.accusers) > CONFIRMATIONS
+        repeated = claim.standing is Standing.SUSPECT and claim.accuser in held.accusers
+        return repeated or (enough and claim.standing is not Standing.ALIVE)
+
     def accuse(self, claim: Claim, now: float, num_members: int) -> bool:
         """Note an accusation; return whether others should hear of it.
 
@@ -102,7 +114,7 @@ class Suspicions:
         if news:
             accusers.add(claim.accuser)
         elif not proven:
-            return False  # said before: most of what is heard while a ghost is mourned
+            return False
         wait = self._wait(num_members, CONFIRMATIONS + 1 if proven else len(accusers))
         held.deadline = min(held.deadline, held.since + wait)
         self._next = min(self._next, held.next_ask, held.over)
