@@ -35,24 +35,36 @@ def over_in(seconds):
 
 def test_a_killed_peer_is_dead_in_every_view(mesh, form):
     form(*NAMES)
-    wait_until(lambda: all_alive(mesh, NAMES), 40, "everybody to be alive")
+    wait_until(lambda: all_alive(mesh, NAMES), 60, "everybody to be alive")
     # a connection is a sign of life; loads come with the probes after it
-    wait_until(lambda: loads(mesh, "p0") == {0}, 40, "the loads of all")
+    wait_until(lambda: loads(mesh, "p0") == {0}, 60, "the loads of all")
 
     mesh.kill("p3")
     bound = LivenessConfig().ghost_bound_seconds(len(NAMES))
     rest = NAMES[:3]
+    found = set()
+
+    def others(name):
+        """Return the liveness of those that live, and collect it."""
+        states = {state for who, state in seen(mesh, name).items() if who != "p3"}
+        found.update(states)
+        return states
+
     wait_until(
-        lambda: all(seen(mesh, name).get("p3") == "dead" for name in rest),
+        lambda: (
+            all(others(name) for name in rest)
+            and all(seen(mesh, name).get("p3") == "dead" for name in rest)
+        ),
         bound,
         "the ghost to be dead in every view",
     )
-    assert all(
-        state == "alive"
-        for name in rest
-        for who, state in seen(mesh, name).items()
-        if who != "p3"
+    # a doubt may come, on a busy machine, and goes
+    wait_until(
+        lambda: all(others(name) == {"alive"} for name in rest),
+        60,
+        "the others to be alive",
     )
+    assert "dead" not in found
     assert any("liveness: dead" in line for line in mesh.client("p0").why("p3"))
 
     mesh.start("p3")
@@ -61,7 +73,7 @@ def test_a_killed_peer_is_dead_in_every_view(mesh, form):
 
 def test_a_stopped_process_is_slow_not_dead(mesh, form):
     form(*NAMES)
-    wait_until(lambda: all_alive(mesh, NAMES), 40, "everybody to be alive")
+    wait_until(lambda: all_alive(mesh, NAMES), 60, "everybody to be alive")
     rest = NAMES[:3]
     found = set()
 

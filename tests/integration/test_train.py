@@ -12,8 +12,9 @@ import pytest
 from checkpoints.verification import verify_checkpoint
 from fabric.app.client import Client
 from fabric.app.home import Home
-from fabric.core.errors import FabricError
+from fabric.core.errors import FabricError, Unavailable
 from fabric.core.ids import short
+from fabric.jobs.job_service import INTEGRITY_ERRORS
 from fabric.jobs.runner import LINK_FACT
 from sims.local import wait_until
 from tests.integration.conftest import SETTINGS, linked
@@ -24,6 +25,8 @@ RUN_SECONDS = 120.0
 """Longest a run may take, and so the bound of every scenario here."""
 SOON = 60.0
 """Longest wait for what takes a moment on a machine that is not busy."""
+ENDLESS = 100_000
+"""Rounds of a job that the test stops, however fast the machine is."""
 
 
 class Follower(threading.Thread):
@@ -81,9 +84,23 @@ def check_end(mesh, job, peers):
     assert row.round == row.rounds
     # the coordinator compared the digest that each participant reported
     assert row.facts["peers_equal"] == len(peers)
+    check_generations(mesh, job)
+    return row
+
+
+def check_generations(mesh, job):
+    """Check that no two generations have one counter."""
     made = generations(mesh, job)
     assert all(len(members) == 1 for members in made.values()), made
-    return row
+
+
+def stops(mesh, job):
+    """Return whether the job could be stopped: not while it changes coordinators."""
+    try:
+        mesh.client(mesh.names[0]).job(job).stop()
+    except Unavailable:
+        return False
+    return True
 
 
 def check_checkpoint(mesh, name, root):
@@ -134,7 +151,7 @@ def test_partition(mesh, form, tiny_spec, rng):
     """The cut-off peer pauses and says why; the others go on; healing joins them."""
     names = ["p0", "p1", "p2"]
     form(*names)
-    spec = tiny_spec(rounds=40, inner_steps=10, patience=2.0)
+    spec = tiny_spec(rounds=ENDLESS, inner_steps=10, patience=2.0)
     job = mesh.client("p0").submit(spec).id
     alone = rng.choice(names)
     majority = [name for name in names if name != alone]
@@ -155,20 +172,35 @@ def test_partition(mesh, form, tiny_spec, rng):
     assert minority.job(job).status().round == held
     assert any("next: " in line for line in minority.why(job))
 
+    healed = follower.rounds()
     mesh.heal()
+
+    def together():
+        """Rounds since the heal to which all contributed."""
+        rounds = [e.facts for e in list(follower.events) if e.kind == "round"]
+        all_of = [r for r in rounds if r["contributors"] == len(names)]
+        return sum(r["round"] > healed for r in all_of)
+
+    wait_until(lambda: together() >= 3, RUN_SECONDS, "three rounds of all")
+    assert len(mesh.client(alone).job(job).status().participants) == len(names)
+    wait_until(lambda: stops(mesh, job), SOON, "the job to be stopped")
     follower.await_end()
-    check_end(mesh, job, names)
+    # the coordinator compared the state that each participant said it holds
+    assert not [e for e in follower.events if e.kind == "diverged"]
+    for name in names:
+        assert INTEGRITY_ERRORS not in " ".join(mesh.client(name).status().counters)
+    check_generations(mesh, job)
 
 
 def test_paused_participant_is_slow_not_dead(mesh, form, tiny_spec, rng):
     """SIGSTOP for a few seconds: nobody is lost, the run ends on all peers."""
     names = ["p0", "p1", "p2"]
     form(*names)
-    job = mesh.client("p0").submit(tiny_spec(rounds=20)).id
+    job = mesh.client("p0").submit(tiny_spec(rounds=20, patience=15.0)).id
     follower = Follower(mesh.client("p0").job(job))
     follower.await_round(rng.randint(2, 6))
     mesh.pause("p2")
-    time.sleep(3.0)  # the fault itself: below the patience of 5 s
+    time.sleep(3.0)  # the fault itself: well below the patience
     mesh.resume("p2")
     follower.await_end()
     check_end(mesh, job, names)
