@@ -232,7 +232,9 @@ class Simulation:
                 return
 
     def _online(self) -> list[Node]:
-        return [n for n in self.mesh.nodes if self.network.online[n.number]]
+        """Return who runs; the revoked no longer count once everybody refuses them."""
+        online = self.network.online
+        return [n for n in self.mesh.nodes if online[n.number] and not n.barred]
 
     def _sample(self) -> None:
         online, now = self._online(), self.engine.now

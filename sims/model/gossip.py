@@ -141,7 +141,8 @@ class Gossip:
             draws = min(len(members), 8 * wanted)  # enough; a thin mesh still works
             for other in self._rng.sample(members, draws):
                 room = len(neighbours[other]) < config.degree_high
-                if other != peer and other not in mine and room:
+                fit = other not in mine and self._network.linked(peer, other)
+                if other != peer and room and fit:
                     mine.append(other)
                     neighbours[other].append(peer)
                 if len(mine) >= wanted:

@@ -46,6 +46,7 @@ class Network:
         self.by_kind: Counter[str] = Counter()
         self.messages: Counter[str] = Counter()
         self.epoch = 0
+        self._barred: set[tuple[int, int]] = set()
         self._engine = engine
         self._rng = rng
         self._regions = [check_region(name) for name in terms.regions]
@@ -79,7 +80,22 @@ class Network:
     def linked(self, one: int, other: int) -> bool:
         """Return whether the two can have a connection now."""
         online, side = self.online, self.side
-        return online[one] and online[other] and side[one] == side[other]
+        up = online[one] and online[other] and side[one] == side[other]
+        return up and not (self._barred and self.barred(one, other))
+
+    def bar(self, one: int, other: int) -> None:
+        """Have the two never be connected again: one refuses the other."""
+        self._barred |= {(one, other), (other, one)}
+        self.epoch += 1
+
+    def barred(self, one: int, other: int) -> bool:
+        """Return whether one of the two refuses the other."""
+        return (one, other) in self._barred
+
+    @property
+    def bars_anybody(self) -> bool:
+        """Whether there are peers that refuse others."""
+        return bool(self._barred)
 
     def path_kind(self, one: int, other: int) -> str:
         """Return how the two are connected: "direct", "punched" or "relay"."""

@@ -230,6 +230,7 @@ class Drama:
             self.engine.after(_RETRY_SECONDS, self._revoke, number)
             return
         self.revoked.add(number)
+        self.mesh.gate.watch(self.mesh.nodes[number])
         admin = Administration(
             owner.mesh,
             owner.replica.slots,

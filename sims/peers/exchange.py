@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from crdt_store.messages import SALT_BYTES, SYNC_METHOD, Ask
+from crdt_store.outcome import Outcome
 from crdt_store.reconcile import Session, answer, parse_request_untrusted
 from fabric.core.errors import RemoteProtocolError
 from fabric.net.data_config import RpcConfig
@@ -28,6 +29,10 @@ class Exchange:
         partner: Who answers.
         ended: Called once.
         breaks_at: Request after which the connection breaks; 0: never.
+
+    Attributes:
+        num_bytes: Sent both ways so far.
+        num_new: Entries that ``node`` did not hold before.
     """
 
     __slots__ = (
@@ -39,6 +44,7 @@ class Exchange:
         "_session",
         "node",
         "num_bytes",
+        "num_new",
         "partner",
     )
 
@@ -60,6 +66,7 @@ class Exchange:
         self.node = node
         self.partner = partner
         self.num_bytes = 0
+        self.num_new = 0
 
     @property
     def num_requests(self) -> int:
@@ -95,7 +102,9 @@ class Exchange:
         now = self._engine.now
         request = parse_request_untrusted(data)
         if isinstance(request, Ask) and request.entries:
-            self.partner.take_in_untrusted(request.entries, now, live=self.node.barred)
+            authority, wall = self.partner.replica.authority, self.partner.wall(now)
+            stranger = not authority.membership(self.node.peer, wall).allowed
+            self.partner.take_in_untrusted(request.entries, now, live=stranger)
         response = answer(self.partner.replica, request)
         size = response_bytes(len(response))
         self.num_bytes += size
@@ -119,7 +128,9 @@ class Exchange:
             self._ended(self, exc.code)
             return
         if raws:
-            self.node.take_in_untrusted(raws, self._engine.now, live=False)
+            now = self._engine.now
+            outcomes = self.node.take_in_untrusted(raws, now, live=False)
+            self.num_new += outcomes[Outcome.ACCEPTED]
         self.step()
 
     def _restarted(self) -> bool:

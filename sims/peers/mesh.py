@@ -20,6 +20,7 @@ from sims.model.gossip import Flood, Gossip
 from sims.model.network import Network
 from sims.peers.connections import Connections
 from sims.peers.exchange import Exchange
+from sims.peers.gate import Gate
 from sims.peers.node import Node
 from sims.peers.vitals import Vitals
 
@@ -46,6 +47,7 @@ class Mesh:
         started: Called with each peer that comes up.
         numbers: Of the peers, by PeerId.
         vitals: Liveness, if it is simulated.
+        gate: Who refuses whom.
         down_since: When those who are down went.
         calls: Calls into the production cores, by which.
     """
@@ -70,6 +72,7 @@ class Mesh:
         self.calls: Counter[str] = Counter()
         self.numbers: dict[PeerId, int] = {}
         self.vitals: Vitals | None = None
+        self.gate = Gate(network, log)
         self.down_since: dict[int, float] = {}
         self._connections = Connections(connections)
         self._connections_epoch = -1
@@ -91,7 +94,7 @@ class Mesh:
         self.engine.after(node.poll_phase, self._look, node, generation)
         self.down_since.pop(node.number, None)
         if self.vitals is not None:
-            self.vitals.start(node, self.numbers, self._neighbours(node))
+            self.vitals.start(node, self._members(node), self._neighbours(node))
         self.started(node)
 
     def offline(self, node: Node) -> None:
@@ -114,7 +117,18 @@ class Mesh:
 
     def connected(self, node: Node) -> frozenset[PeerId]:
         """Return whom ``node`` has a connection with now."""
-        return self._all_connections().of(node.peer, self.network.side[node.number])
+        side = self.network.side[node.number]
+        return self._accepted(node, self._all_connections().of(node.peer, side))
+
+    def _members(self, node: Node) -> frozenset[PeerId]:
+        return self._accepted(node, frozenset(self.numbers))
+
+    def _accepted(self, node: Node, peers: frozenset[PeerId]) -> frozenset[PeerId]:
+        """Return those of ``peers`` that neither refuse ``node`` nor are refused."""
+        if not self.network.bars_anybody:
+            return peers
+        barred, number = self.network.barred, node.number
+        return frozenset(p for p in peers if not barred(number, self.numbers[p]))
 
     def _neighbours(self, node: Node) -> frozenset[PeerId] | None:
         side = self.network.side[node.number]
@@ -171,7 +185,7 @@ class Mesh:
 
     def _ended(self, exchange: Exchange, reason: str) -> None:
         node = exchange.node
-        node.schedule.ended(exchange.partner.peer)
+        node.schedule.ended(exchange.partner.peer, news=exchange.num_new > 0)
         if reason or exchange.num_requests > 1:
             self.log.write(
                 self.engine.now,
@@ -243,9 +257,15 @@ class Mesh:
     # --- expiry
 
     def run_expiry(self) -> None:
-        """Have all peers drop what is too old, once per poll."""
+        """Have all peers drop what is too old, and the revoked, once per poll."""
         online, now = self.network.online, self.engine.now
         for node in self.nodes:
             if node.tick_at <= node.wall(now) and online[node.number]:
                 node.expire(now)
+        refusals = self.gate.look(self.nodes, now)
+        for node, _ in refusals:
+            if self.vitals is not None and online[node.number]:
+                self.vitals.set_members(node, self._members(node))
+        if refusals:
+            self.look_soon()
         self.engine.after(_EXPIRY_SECONDS, self.run_expiry)

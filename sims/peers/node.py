@@ -47,7 +47,7 @@ class Node:
         tick_at: Wall seconds of the next thing to expire or to judge again.
         up_since: When it last started.
         version: Grows with every change of what it offers.
-        barred: Whether it was revoked, as this run knows.
+        barred: Whether all who run know that it was revoked, and refuse it.
         outcomes: What became of the entries offered to it.
     """
 

@@ -107,6 +107,10 @@ class Vitals:
             self._vows[vow] = known
         return known
 
+    def set_members(self, node: Node, members: Iterable[PeerId]) -> None:
+        """Tell ``node`` who is a member now."""
+        self._swims[node.number].set_members(members)
+
     def look(
         self,
         node: Node,
