@@ -194,7 +194,7 @@ class _Run:
 
     def _finish(self, files: Mapping[str, WholeFile]) -> None:
         """Write the indexes, then read everything again."""
-        entries = {path: each.entry for path, each in files.items()}
+        entries = {p: each.entry for p, each in files.items() if each.entry is not None}
         self._plan.finish(self._work, entries)
         result = self._work
         if self._plan.single_file:

@@ -16,8 +16,9 @@ from checkpoints.conversion_journal import Journal, WholeFile
 from checkpoints.directories import disk_errors
 from checkpoints.formats.sink import Bundle, OutTensor, Plan, PlannedFile
 from checkpoints.formats.source import Source
-from checkpoints.hashed_file import HashedFile
+from checkpoints.hashed_file import Buffer, HashedFile
 from checkpoints.views import view_of
+from checkpoints.write_behind import WriteBehind
 from fabric.core.errors import IntegrityError, LocalProtocolError
 
 T = TypeVar("T")
@@ -33,24 +34,36 @@ def write_files(
         IntegrityError: the source is damaged.
     """
     done = dict(journal.whole)
+    todo = [each for each in plan.files if each.path not in done]
+    behind = len(todo) < workers  # a thread for each file leaves cores idle
 
     def write(planned: PlannedFile) -> None:
         meter.begin_file()
         path = directory / _safe(planned.path)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with HashedFile(path) as file:
-                for chunk in planned.chunks():
-                    file.write(chunk)
+            with HashedFile(path, hashed=plan.hashes) as file:
+                _fill(file, planned.chunks(), behind=behind)
                 entry = file.finish()
-        each = WholeFile(planned.path, entry, meter.hashed())
+        kept = entry if plan.hashes else None
+        each = WholeFile(planned.path, entry.size, kept, meter.hashed())
         journal.add(each)
         done[planned.path] = each
 
-    todo = [each for each in plan.files if each.path not in done]
     todo.sort(key=lambda each: -each.size_bytes)
     side_by_side(write, todo, workers, meter)
     return done
+
+
+def _fill(file: HashedFile, chunks: Iterable[Buffer], *, behind: bool) -> None:
+    if not behind:
+        for chunk in chunks:
+            file.write(chunk)
+        return
+    with WriteBehind(file) as writer:
+        for chunk in chunks:
+            writer.write(chunk)
+        writer.drain()
 
 
 def side_by_side(

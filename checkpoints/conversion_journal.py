@@ -24,7 +24,7 @@ from checkpoints.manifest import FileEntry
 from fabric.core.errors import ConfigError
 
 JOURNAL_NAME = ".fabric-convert.jsonl"
-VERSION = 1
+VERSION = 2
 
 
 class Heading(msgspec.Struct, frozen=True):
@@ -36,10 +36,18 @@ class Heading(msgspec.Struct, frozen=True):
 
 
 class WholeFile(msgspec.Struct, frozen=True):
-    """A file that is whole."""
+    """A file that is whole.
+
+    Attributes:
+        path: Relative to the target.
+        size: Its bytes.
+        entry: Size and hashes, if the format writes them down.
+        hashed: The boxes of tensors in it.
+    """
 
     path: str
-    entry: FileEntry
+    size: int
+    entry: FileEntry | None
     hashed: list[HashedBox]
 
 
@@ -61,7 +69,7 @@ class Journal:
             self.whole = {
                 each.path: each
                 for each in map(_whole_file, lines[1:])
-                if each is not None and _has_size(directory / each.path, each.entry)
+                if each is not None and _has_size(directory / each.path, each.size)
             }
         else:
             self.started_afresh = bool(lines)
@@ -98,8 +106,8 @@ def _whole_file(line: bytes) -> WholeFile | None:
         return None  # torn by a loss of power: that file is written again
 
 
-def _has_size(path: Path, entry: FileEntry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.size
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _remove_others(directory: Path, keep: set[str]) -> None:

@@ -23,15 +23,21 @@ _MIN_HOLE_BYTES = 64 << 10
 
 
 class HashedFile:
-    """A new file; :meth:`finish` returns its entry once its bytes are on the disk."""
+    """A new file; :meth:`finish` returns its entry once its bytes are on the disk.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: Of the file.
+        hashed: Whether its hashes are wanted; :meth:`finish` returns none otherwise.
+    """
+
+    def __init__(self, path: Path, *, hashed: bool = True) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o644)
         self._whole = blake3()
         self._block = blake3()
         self._blocks: list[str] = []
         self._ends_in_hole = False
+        self._hashed = hashed
         self.size = 0
 
     def __enter__(self) -> Self:
@@ -50,7 +56,10 @@ class HashedFile:
         view = memoryview(data).cast("B")
         for at in range(0, len(view), WRITE_BYTES):
             part = view[at : at + WRITE_BYTES]
-            self._hash(part)
+            if self._hashed:
+                self._hash(part)
+            else:
+                self.size += len(part)
             if is_zero(part):
                 os.lseek(self._fd, len(part), os.SEEK_CUR)
                 self._ends_in_hole = True
@@ -61,7 +70,7 @@ class HashedFile:
 
     def finish(self) -> FileEntry:
         """Flush to the disk and return size and hashes."""
-        if self.size % BLOCK_BYTES:
+        if self._hashed and self.size % BLOCK_BYTES:
             self._close_block()
         if self._ends_in_hole:
             os.ftruncate(self._fd, self.size)

@@ -98,6 +98,7 @@ class CanonicalSink:
             finish=partial(_finish, bundle, options, chunks),
             subdirectory=step,
             publish=partial(_publish, options.step),
+            hashes=True,
         )
 
 

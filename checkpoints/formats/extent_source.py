@@ -31,9 +31,11 @@ from checkpoints.boxes import (
     tiling_fault,
 )
 from checkpoints.dtypes import item_bytes
-from checkpoints.formats.checksums import Checksum, Checksums
+from checkpoints.formats.checksums import Checksum, Checksums, Stream
 from checkpoints.formats.source import Ignored
+from checkpoints.hashed_file import Buffer
 from checkpoints.manifest import Json
+from checkpoints.parts import WINDOW_BYTES
 from checkpoints.strided import Grid, copy_strided
 from fabric.core.errors import IntegrityError
 
@@ -114,6 +116,7 @@ class ExtentSource(BoxReader[StoredTensor]):
         self._checksums = Checksums(checksums)
         self._open: OrderedDict[str, int] = OrderedDict()
         self._scratch = bytearray()
+        self._stream: Stream | None = None
         for alias, target in self.aliases.items():
             if alias in self._stored or target not in self._stored:
                 raise IntegrityError(f"alias {alias!r} of {target!r}", code="E_ALIAS")
@@ -144,7 +147,28 @@ class ExtentSource(BoxReader[StoredTensor]):
         other = copy(self)
         other._open = OrderedDict()
         other._scratch = bytearray()
+        other._stream = None
         return other
+
+    @override
+    def windows(self, name: str, window_bytes: int = WINDOW_BYTES) -> Iterator[Buffer]:
+        """Yield a tensor's bytes; checksums are checked on the way, not before.
+
+        A damaged range raises at its end at the latest, before the last window's
+        successor: who takes windows keeps nothing of them until they ended.
+        """
+        stream = self._checksums.stream(self._read)
+        inner = super().windows(name, window_bytes)
+        while True:
+            self._stream = stream
+            try:
+                window = next(inner, None)
+            finally:
+                self._stream = None
+            if window is None:
+                break
+            yield window
+        stream.finish()
 
     def boxes(self, name: str) -> Sequence[Box]:
         """Return the boxes in which a tensor is stored."""
@@ -159,12 +183,17 @@ class ExtentSource(BoxReader[StoredTensor]):
             if part is None:
                 continue
             filled += part.volume * item
-            self._checksums.check(extent.file, extent.begin, self._read)
+            stream = self._stream
+            if stream is None or extent.strides is not None:
+                self._checksums.check(extent.file, extent.begin, self._read)
             if extent.strides is None or extent.strides == strides_of(extent.box.sizes):
                 for run in runs(part, extent.box, box):
                     at, length = run.target * item, run.length * item
                     view = out[at : at + length]
-                    self._read(extent.file, extent.begin + run.source * item, view)
+                    begin = extent.begin + run.source * item
+                    self._read(extent.file, begin, view)
+                    if stream is not None:
+                        stream.feed(extent.file, begin, view)
                 continue
             for piece, first in dense_parts(part, extent, item):
                 self._gather(extent, piece, first, box, out, item)

@@ -104,7 +104,7 @@ class Plan(msgspec.Struct, frozen=True):
     Attributes:
         files: In any order; they can be written side by side.
         finish: Writes and syncs the format's indexes into the directory, given the
-            entries of all planned files by path.
+            entries of the planned files by path: see ``hashes``.
         ignored: What of the bundle the format has no place for, and why: canonical
             names of tensors, "state.<key>".
         tied: Name of a tensor that is not written -> the one that stands for it.
@@ -116,6 +116,8 @@ class Plan(msgspec.Struct, frozen=True):
             how.
         publish: Puts the whole working directory (its argument) in its place instead
             of a plain rename to the second argument.
+        hashes: ``finish`` is given the entries of files; else of none, and the files
+            are not hashed, only the tensors.
     """
 
     files: Sequence[PlannedFile]
@@ -127,6 +129,7 @@ class Plan(msgspec.Struct, frozen=True):
     notes: Sequence[str] = ()
     rewritten: Sequence[str] = ()
     publish: Callable[[Path, Path], None] | None = None
+    hashes: bool = False
 
 
 class Sink(Protocol):

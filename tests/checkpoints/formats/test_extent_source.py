@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints.boxes import Box, flat_boxes, strides_of, whole
+from checkpoints.formats.checksums import Checksum
 from checkpoints.formats.extent_source import Extent, ExtentSource, StoredTensor
 from fabric.core.errors import IntegrityError
 
@@ -115,3 +118,45 @@ def test_strides_may_overlap(tmp_path: Path) -> None:
         read = b"".join(bytes(window) for window in opened.windows("model/w"))
     assert read == np.broadcast_to(row, (5, 3)).tobytes()
     assert strides_of((5, 3)) == (3, 1)
+
+
+@pytest.mark.parametrize("window", [1 << 16, 1 << 20, 8 << 20])
+def test_checksums_are_checked_while_windows_pass(tmp_path, window):
+    """Ranges: a tensor in two shards, and one that is a part of its range."""
+    data = random.Random(4).randbytes(3 << 20)
+    ranges = [(0, 1 << 20), (1 << 20, 1 << 20), (2 << 20, 1 << 20)]
+    known = [
+        Checksum("f", at, size, zlib.crc32(data[at : at + size])) for at, size in ranges
+    ]
+    rows = 1 << 20
+    two = StoredTensor(
+        "U8",
+        (2 * rows,),
+        (
+            Extent(Box((0,), (rows,)), "f", 0),
+            Extent(Box((rows,), (rows,)), "f", rows),
+        ),
+    )
+    part = StoredTensor("U8", (99,), (Extent(Box((0,), (99,)), "f", 2 * rows + 7),))
+    tensors = {"model/two": two, "model/part": part}
+
+    def read(name):
+        with (
+            ExtentSource(
+                "test", tmp_path, tmp_path, tensors, checksums=known
+            ) as source,
+            source.fork() as fork,
+        ):
+            return b"".join(map(bytes, fork.windows(name, window)))
+
+    (tmp_path / "f").write_bytes(data)
+    assert read("model/two") == data[: 2 * rows]
+    assert read("model/part") == data[2 * rows + 7 :][:99]
+    for at, name in ((5, "two"), (rows - 1, "two"), (2 * rows - 1, "two"),
+                     (2 * rows, "part"), (3 * rows - 1, "part")):  # fmt: skip
+        spoilt = bytearray(data)
+        spoilt[at] ^= 1
+        (tmp_path / "f").write_bytes(spoilt)
+        with pytest.raises(IntegrityError) as refused:
+            read(f"model/{name}")
+        assert refused.value.code == "E_CHECKSUM"
