@@ -36,7 +36,7 @@ check: lint  ## The loop while you work: lint and the fast tests (under 90 s)
 	$(BIN)/pytest -q -m "not slow and not scenario and not gpu" -p no:cacheprovider -n 2
 
 test: $(STAMP)  ## Every test once, scenarios at reduced counts with fixed seeds (under 10 minutes)
-	$(BIN)/pytest -q -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q -m "not gpu" -n 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)  ## Full counts of one area: make soak AREA=state|net|nat|ckpt|train [SOAK_MINUTES=120]
 	$(BIN)/python -m tests.soak $(AREA) --minutes $(or $(SOAK_MINUTES),120)

@@ -9,6 +9,7 @@ is the store's, not the scheduler's of a busy machine.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import statistics
@@ -25,9 +26,10 @@ from sims.prediction import predict
 NAMES = [f"peer-{i}" for i in range(7)]
 STORE = StoreConfig(push_batch_seconds=2.0)
 SETTINGS = ("train.worker_threads=1", "store.push_batch_seconds=2.0")
-WRITES, EVERY_SECONDS = 12, 3.0
+FULL = int(os.environ.get("SOAK_FACTOR", "1")) > 1
+WRITES, EVERY_SECONDS = 12 if FULL else 8, 3.0
 """Of the simulation: so far apart that each write is alone, as it is here."""
-QUIET_ROUNDS = 4
+QUIET_ROUNDS = 4 if FULL else 3
 """Reconciliations that each daemon starts, a period of 5 s apart."""
 CALM_ROUNDS = 12
 CALM_BYTES_PER_SECOND = 6000
