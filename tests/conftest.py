@@ -1,5 +1,6 @@
 """Hypothesis profiles: `fast` for every run; SOAK_FACTOR multiplies every count."""
 
+import gc
 import os
 
 from hypothesis import HealthCheck, settings
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
+
+gc.disable()  # until all is collected: nothing of it is garbage
 
 # the same examples every time, except in a soak, which draws them from its seed
 settings.register_profile(
@@ -50,6 +53,12 @@ def pytest_collection_modifyitems(items):
         if stated is not None and test not in seen:
             test._hypothesis_internal_use_settings = scaled(stated)
             seen.add(test)
+
+
+def pytest_collection_finish():
+    """Let garbage be looked for among what tests make, not in what was collected."""
+    gc.freeze()
+    gc.enable()
 
 
 def scaled(stated):
