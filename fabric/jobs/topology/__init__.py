@@ -1,0 +1,1 @@
+"""From the measured links of a job's members to islands and levels."""
