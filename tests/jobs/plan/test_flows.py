@@ -1,7 +1,6 @@
 """Bytes of collectives: conserved, in closed form, and the least there can be."""
 
 import itertools
-import os
 from fractions import Fraction
 
 import pytest
@@ -13,8 +12,7 @@ from fabric.jobs.plan.partitions import Partition, partitions
 from fabric.jobs.plan.planner import nested
 from tests.jobs.plan.grounds import ground, shapes
 
-FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
-few = settings(max_examples=25 * FACTOR, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 def rows(where, flow):

@@ -1,7 +1,6 @@
 """Plans: they fit, nothing legal is better, and each loser says what it lost by."""
 
 import json
-import os
 import re
 
 import msgspec
@@ -20,8 +19,7 @@ from fabric.jobs.plan.verdicts import with_reasons
 from fabric.jobs.spec import ModelSpec
 from tests.jobs.plan.grounds import ground, shapes
 
-FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
-few = settings(max_examples=8 * FACTOR, deadline=None)
+few = settings(max_examples=8, deadline=None)
 GPT = uniform_shape(13_800_000, 6, 384, 64, 8192)
 """The model whose bytes were measured between two namespaces (research notes)."""
 SITES = (2, 2)
