@@ -13,7 +13,15 @@ from typing import Annotated
 
 import cyclopts
 
-from fabric.app import cli_board, cli_content, cli_jobs, cli_mesh, cli_net, cli_trust
+from fabric.app import (
+    cli_board,
+    cli_content,
+    cli_jobs,
+    cli_mesh,
+    cli_net,
+    cli_plan,
+    cli_trust,
+)
 from fabric.app.cli_output import show_error
 from fabric.app.up_flags import settings_of
 from fabric.core.errors import FabricError
@@ -92,6 +100,7 @@ cli_mesh.add_to(app)
 cli_trust.add_to(app)
 cli_net.add_to(app)
 cli_jobs.add_to(app)
+cli_plan.add_to(app)
 cli_board.add_to(app)
 cli_content.add_to(app)
 

@@ -28,6 +28,7 @@ from fabric.app.config_loader import set_at
 from fabric.app.content_messages import ContentRow, FetchedView
 from fabric.app.control_client import Exchange, decode
 from fabric.app.home import Home
+from fabric.app.plan_messages import PlanLinks, PlanLinksView
 from fabric.app.root_key import found_mesh, write_root_key
 from fabric.core.errors import FabricError, PeerTimeout, Unavailable
 from fabric.core.ids import PeerId
@@ -255,6 +256,13 @@ class Client:
     def doctor(self, peer: str = "") -> list[Finding]:
         """Return what keeps peers from connecting, and the chain to ``peer``."""
         return list(self.items(m.Doctor(peer), Finding))
+
+    def plan_links(
+        self, job: str = "", *, max_peers: int = 64, measure: bool = False
+    ) -> PlanLinksView:
+        """Return who takes part in ``job``, or could in one, and their links."""
+        request = PlanLinks(job, max_peers, measure)
+        return self.one(request, PlanLinksView, timeout=180)
 
     def partition(self, peers: tuple[str, ...]) -> None:
         """Refuse contact with ``peers``; an empty tuple heals."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from fabric.app.plan_messages import PlanLinks
 from fabric.core.codec import Codec
 
 MAX_CONTROL_BYTES = 8 << 20
@@ -234,6 +235,7 @@ Request = (
     | ContentList
     | Ping
     | Doctor
+    | PlanLinks
     | Partition
     | Down
 )

@@ -18,6 +18,8 @@ from fabric.app.checkpoint_flow import content_root
 from fabric.app.content_messages import ContentRow
 from fabric.app.control_net import findings, ping
 from fabric.app.explain import explain_peer, peer_rows
+from fabric.app.plan_links import plan_links
+from fabric.app.plan_messages import PlanLinks
 from fabric.app.session import ENDED, Session
 from fabric.app.trust import change_trust
 from fabric.core.errors import ConfigError, Unavailable
@@ -98,6 +100,12 @@ class ControlVerbs:
                 return await flow.fetch(root, Path(path), only)
             case m.Why():
                 return m.Lines(await self._why(request.subject))
+            case PlanLinks():
+                return await plan_links(
+                    self._session,
+                    request,
+                    self._job(request.job) if request.job else None,
+                )
             case m.RootSigned():
                 admin = self._session.store.admin
                 return m.Lines((admin.root, *(i.hex() for i in admin.root_signed())))

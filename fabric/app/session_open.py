@@ -43,6 +43,7 @@ from fabric.app.doubts import Doubts
 from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
 from fabric.app.last_ports import LastPorts, load_ports, port_of, save_ports, settle
+from fabric.app.link_survey import serve_survey
 from fabric.app.links import publish_links
 from fabric.app.membership_file import MeshMembership
 from fabric.app.neighbour_keeper import RELEASE, NeighbourKeeper
@@ -113,6 +114,7 @@ async def _opened(
 ) -> AsyncIterator[Session]:
     async with AsyncExitStack() as stack:
         session = await _open(stack, node, membership)
+        serve_survey(session.rpc, session.probe, session.store.authority.members)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(session.admission.run)
         await nursery.start(session.checkpoints.hot.run)

@@ -216,6 +216,20 @@ def test_content(fabric, homes, short_dir):
     assert not (short_dir / "x").exists()
 
 
+def test_plan_over_links_that_are_measured_now(fabric, homes, job_file):
+    a, _ = homes
+    blind = fabric("plan", job_file, "--home", a, "--json")
+    assert blind.code == 0, blind.err
+    planned = fabric("plan", job_file, "--home", a, "--measure", "--json")
+    assert planned.code == 0, planned.err
+    report = planned.json
+    assert report["ranks"] == 2
+    assert report["levels"] in (["site"], ["host"])
+    assert report["best"]["fits"]
+    assert not any("not asked" in note for note in report["notes"])
+    assert report["cuts"][0].startswith("no cut: ")
+
+
 def test_leave_and_down(fabric, homes):
     _, b = homes
     assert fabric("leave", "--home", b, "--json").json == {"left": True}

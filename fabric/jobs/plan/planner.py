@@ -95,8 +95,14 @@ def find_plan(ground: Ground, shape: ModelShape, settings: PlanSettings) -> Plan
         options.append(option)
         count += tried
     best = _choose([option for option in options if option.fits], settings)
-    options.sort(key=lambda each: (not each.fits, each.cost.seconds))  # stable
+    options.sort(key=_row_order)  # stable
     return Plan(best=best, options=tuple(options), considered=count)
+
+
+def _row_order(option: Option) -> tuple[bool, float]:
+    """Order what fits by time, then what does not by memory."""
+    fits = option.fits
+    return not fits, option.cost.seconds if fits else option.memory.total
 
 
 def nested(

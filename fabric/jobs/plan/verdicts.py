@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from fabric.jobs.plan.ground import Ground
-from fabric.jobs.plan.planner import EQUAL, Option, Plan
+from fabric.jobs.plan.planner import EQUAL, EQUAL_OUTER, Option, Plan
 from fabric.jobs.plan.quantities import seconds_text, size_text
 from fabric.jobs.plan.schemes import Cost, PlanSettings, Transfer
 
@@ -43,7 +43,11 @@ def why(
             f"taken from {settings.outer_gain:g}x on"
         )
     if slower < 1 / EQUAL:
-        return f"{1 / slower:.2f}x faster, but not one of those to choose from"
+        islands, fewer = len(option.scheme.sync.stops), len(best.scheme.sync.stops)
+        return (
+            f"{1 / slower:.2f}x faster, but in {islands} islands, not {fewer}: "
+            f"farther from synchronous; taken from {EQUAL_OUTER:g}x on"
+        )
     more = option.memory.total - best.memory.total
     if more > 0:
         return f"as fast, with {size_text(more)} more memory"

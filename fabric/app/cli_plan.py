@@ -1,0 +1,213 @@
+"""The verb plan: which states to shard how far, before or while a job runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cyclopts
+import msgspec
+
+from fabric.app.cli_output import show_json, show_table, show_text, talk
+from fabric.app.client import connect
+from fabric.app.config_loader import parse_assignment
+from fabric.app.planning import (
+    PlanReport,
+    PlanRow,
+    ground_of_view,
+    model_of,
+    report_of,
+)
+from fabric.jobs.plan.ground import Ground
+from fabric.jobs.plan.linkfile import load_ground
+from fabric.jobs.plan.quantities import parse_size, seconds_text, size_text
+from fabric.jobs.plan.schemes import Dtype, PlanSettings, Precision
+from fabric.jobs.plan.shapes import ModelShape
+from fabric.jobs.spec import JobSpec, load_spec
+
+RESOURCES = 6
+"""Exit code when nothing fits."""
+
+
+@cyclopts.Parameter(name="*")
+@dataclass(frozen=True)
+class PlanFlags:
+    """What a plan may assume and choose from.
+
+    Attributes:
+        links: TOML file of links instead of a mesh: docs/planning.md.
+        job: Plan for the participants of this running job.
+        measure: Have links that nobody knows measured now; takes a while.
+        model: Checkpoint whose parameters to plan for, of any known format.
+        memory: Per rank, e.g. 8GiB; default: 80 % of each machine's.
+        flops: Per rank and second, as training reaches them.
+        tokens: Of one step of all ranks; default: the job's batches.
+        dtype: Of weights, gradients and activations.
+        allow: Precisions on the way: int8, int4; none for exact ones alone.
+        mode: Exact steps, an outer loop, or what is better.
+        micro_steps: Numbers of micro-steps to choose from.
+        overlap: Part of transfers that computing hides, 0 to 1.
+        inner_steps: H of an outer loop; 0: chosen.
+    """
+
+    links: Path | None = None
+    job: str = ""
+    measure: bool = False
+    model: Path | None = None
+    memory: str = ""
+    flops: float = 0.0
+    tokens: int = 0
+    dtype: Dtype = "fp32"
+    allow: tuple[Literal["int8", "int4", "none"], ...] = ("int8",)
+    mode: Literal["auto", "exact", "outer"] = "auto"
+    micro_steps: tuple[int, ...] = (1,)
+    overlap: float = 0.0
+    inner_steps: int = 0
+
+
+_DEFAULTS = PlanFlags()
+
+
+def plan(
+    spec: Path,
+    *,
+    set: Annotated[tuple[str, ...], cyclopts.Parameter(negative="")] = (),
+    flags: PlanFlags = _DEFAULTS,
+    rows: int = 8,
+    home: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Show how to shard a job over its links, and why other ways are worse.
+
+    Ends with 0, or with 6 when nothing fits the memory.
+
+    Args:
+        spec: TOML file of the job.
+        set: Changes as key=value, e.g. --set model.num_layers=12.
+        flags: What the plan may assume and choose from.
+        rows: Schemes to show.
+        home: Directory of the peer to talk to.
+        json: Print JSON.
+    """
+    job = load_spec(spec, dict(parse_assignment(text) for text in set))
+    shape = model_of(job.model, flags.model)
+    ground, notes = _ground(job, flags, home)
+    settings = _settings(job, shape, ground, flags)
+    report = report_of(job, ground, shape, settings, notes)
+    if json:
+        show_json(report)
+    else:
+        show_report(report, rows)
+    if report.best is None:
+        raise SystemExit(RESOURCES)
+
+
+def _ground(
+    spec: JobSpec, flags: PlanFlags, home: Path | None
+) -> tuple[Ground, list[str]]:
+    memory = parse_size(flags.memory) if flags.memory else 0
+    if flags.links is not None:
+        ground = load_ground(flags.links)
+        changes = {"memory_bytes": memory, "flops": flags.flops}
+        given = {name: value for name, value in changes.items() if value}
+        ranks = tuple(msgspec.structs.replace(r, **given) for r in ground.ranks)
+        return msgspec.structs.replace(ground, ranks=ranks), []
+    client = connect(home)
+    if flags.measure:
+        talk("measuring links, one member at a time ...")
+    view = client.plan_links(
+        flags.job, max_peers=spec.require.max_peers, measure=flags.measure
+    )
+    notes = [f"not asked to measure: {line}" for line in view.unasked]
+    if not flags.flops:
+        notes.append("speed is guessed from cores: --flops says better")
+    if not any(record.links for record in view.records.values()):
+        notes.append(
+            "no link is measured (they are while a job runs): --measure does it now"
+        )
+    return ground_of_view(view, memory, flags.flops), notes
+
+
+def _settings(
+    spec: JobSpec, shape: ModelShape, ground: Ground, flags: PlanFlags
+) -> PlanSettings:
+    coarse: tuple[Precision, ...] = tuple(p for p in flags.allow if p != "none")
+    per_rank = spec.train.batch_size * max(1, shape.context_tokens)
+    return PlanSettings(
+        tokens_per_step=flags.tokens or per_rank * len(ground.ranks),
+        dtype=flags.dtype,
+        weight_precisions=(flags.dtype, *coarse),
+        gradient_precisions=(flags.dtype, *coarse),
+        outer_precisions=coarse or ("fp32",),
+        micro_steps=flags.micro_steps,
+        mode=flags.mode,
+        overlap=flags.overlap,
+        inner_steps=flags.inner_steps,
+        block=spec.train.outer.block,
+    )
+
+
+def show_report(report: PlanReport, rows: int) -> None:
+    """Print a plan for people: where the cuts are, the table, what a loss costs."""
+    show_text(
+        f"{report.parameters:,} parameters on {report.ranks} ranks, "
+        f"{report.tokens_per_step:,} tokens a step"
+    )
+    for line in report.cuts:
+        show_text(f"  {line}")
+    show_text("under the name of a link: bytes over all such links in a step")
+    shown = [row for row in report.rows if not row.chosen][: max(0, rows - 1)]
+    best = (report.best,) if report.best is not None else ()
+    _table(report, (*best, *shown))
+    show_text("known schemes on the same links:")
+    _table(report, report.compared)
+    hidden = report.considered - len(shown) - len(best)
+    if hidden > 0:
+        show_text(f"{hidden} more were priced; --json has the best of each degrees")
+    if report.best is None:
+        show_text("nothing fits the memory: more ranks, --micro-steps, or --allow int4")
+    for each in report.replication:
+        often = f", every {each.every_steps} steps" if each.every_steps > 1 else ""
+        sent = f"{size_text(each.bytes_each)}{often}" if each.every_steps else "0 B"
+        show_text(f"loss of {each.what}: {each.loss} (copies: {sent})")
+    for note in report.notes:
+        talk(f"note: {note}")
+
+
+def _table(report: PlanReport, rows: tuple[PlanRow, ...]) -> None:
+    columns = ("", "W|G|O", "TOGETHER", "H", "WIRE", "MEMORY", "STEP")
+    marks = ["*" if row.chosen else str(at) for at, row in enumerate(rows, 1)]
+    show_table(
+        (*columns, *(name.upper() for name in report.levels)),
+        (
+            (
+                mark,
+                row.degrees,
+                row.together,
+                row.inner_steps if row.outer else None,
+                _wire(row),
+                size_text(row.memory_bytes),
+                seconds_text(row.seconds),
+                *(size_text(size) if size else "-" for size in row.level_bytes),
+            )
+            for mark, row in zip(marks, rows, strict=True)
+        ),
+        optional=("H",),
+    )
+    for mark, row in zip(marks, rows, strict=True):
+        name = f"{row.name}: " if row.name else ""
+        show_text(f"  {mark} {name}{row.why}")
+
+
+def _wire(row: PlanRow) -> str:
+    same = row.weights == row.gradients
+    text: str = row.weights if same else f"{row.weights}+{row.gradients}"
+    text += f", outer {row.outer}" if row.outer else ""
+    text += f", {row.micro_steps} micro" if row.micro_steps > 1 else ""
+    return text + (", recompute" if row.recompute else "")
+
+
+def add_to(app: cyclopts.App) -> None:
+    """Add this verb to ``app``."""
+    app.command(plan)
