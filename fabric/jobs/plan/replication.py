@@ -136,7 +136,7 @@ def _across(
         what="a site",
         bytes_each=size,
         every_steps=steps,
-        loss=f"at most {steps} steps ({seconds_text(steps * cost.seconds)}): "
+        loss=f"at most {steps} steps, {seconds_text(steps * cost.seconds)}: "
         f"{size_text(size)} take that long at "
         f"{settings.replication_budget:.0%} of the link of {worst.name}",
         covered=True,

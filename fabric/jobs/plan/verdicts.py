@@ -34,6 +34,8 @@ def why(
         return "not one of those to choose from"
     if option is best:
         return _chosen(option, ground)
+    if _same(option, best):
+        return "this is what was chosen"
     slower = option.cost.seconds / best.cost.seconds
     if slower > EQUAL:
         return f"{slower:.2f}x slower: {_dearer(option.cost, best.cost, ground)}"
@@ -52,6 +54,11 @@ def why(
     if more > 0:
         return f"as fast, with {size_text(more)} more memory"
     return "as fast, but coarser"
+
+
+def _same(option: Option, best: Option) -> bool:
+    one, other = option.scheme, best.scheme
+    return not one.ring and msgspec.structs.replace(one, name="") == other
 
 
 def _too_large(option: Option) -> str:

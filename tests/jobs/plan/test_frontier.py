@@ -107,6 +107,20 @@ def test_the_paper_s_degrees_fit_and_zero_3_needs_less(frontier):
 
 
 @pytest.mark.slow
+def test_the_plan_finds_the_paper_s_degrees_by_itself(frontier):
+    """Weights over a package, gradients over a node, optimizer over everything."""
+    asked = msgspec.structs.replace(
+        settings_for(384),
+        weight_precisions=("bf16",),
+        gradient_precisions=("bf16",),
+        recompute=(False, True),
+        shadow=True,
+    )
+    best = find_plan(frontier, GPT_20B, asked).best
+    assert best.scheme.degrees == "2|8|384"
+
+
+@pytest.mark.slow
 def test_the_plan_is_as_good_as_the_paper_s_by_hand(frontier):
     asked = msgspec.structs.replace(
         settings_for(384), weight_precisions=("int8",), gradient_precisions=("int8",)
