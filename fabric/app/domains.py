@@ -24,6 +24,17 @@ def member_domains(store: Store, own: PeerId) -> dict[PeerId, Domain]:
     return {peer: domain_of_record(record) for peer, record in records.items()}
 
 
+def site_members(store: Store, own: PeerId) -> frozenset[PeerId]:
+    """Return the members that announce addresses of our site, without ourselves."""
+    domains = member_domains(store, own)
+    mine = domains.pop(own, None)
+    if mine is None:
+        return frozenset()
+    return frozenset(
+        peer for peer, domain in domains.items() if domain.site == mine.site
+    )
+
+
 def domain_of_record(record: MemberRecord) -> Domain:
     """Return where a member is, by the addresses it announces.
 

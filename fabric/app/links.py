@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 import trio
@@ -22,13 +22,17 @@ LOOK_SECONDS = 5.0
 
 Members = Callable[[], Mapping[JobId, Iterable[PeerId]]]
 """The running jobs we take part in, each with its participants."""
+Near = Callable[[], Collection[PeerId]]
+"""Members that show addresses of our site."""
 
 
 class LinkSource(Protocol):
     """What measures: ``nat.probe.service.ProbeService``."""
 
-    def set_members(self, members: Iterable[PeerId]) -> None:
-        """Keep the links with these peers measured."""
+    def set_members(
+        self, members: Iterable[PeerId], near: Collection[PeerId] = frozenset()
+    ) -> None:
+        """Keep the links with these peers measured, those ``near`` among them."""
         ...
 
     def links(self) -> dict[PeerId, LinkMeasurement]:
@@ -45,13 +49,19 @@ class LinkTable(Protocol):
 
 
 async def publish_links(
-    source: LinkSource, table: LinkTable, members: Members, config: ProbeConfig
+    source: LinkSource,
+    table: LinkTable,
+    members: Members,
+    config: ProbeConfig,
+    near: Near = frozenset,
 ) -> None:
     """Let ``source`` measure the members of our jobs and publish until cancelled."""
     sheets: dict[JobId, LinkSheet] = {}
     while True:
         jobs = {job: frozenset(peers) for job, peers in members().items()}
-        source.set_members(frozenset[PeerId]().union(*jobs.values()))
+        source.set_members(
+            frozenset[PeerId]().union(*jobs.values()), near() if jobs else ()
+        )
         sheets = {job: sheets.get(job) or LinkSheet(config) for job in jobs}
         known = source.links()
         for job, peers in jobs.items():

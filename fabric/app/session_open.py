@@ -39,6 +39,7 @@ from fabric.app.checkpoints import make_checkpoints
 from fabric.app.clock import serve_clock
 from fabric.app.config import NodeConfig
 from fabric.app.connector import MemberConnector
+from fabric.app.domains import site_members
 from fabric.app.doubts import Doubts
 from fabric.app.home import Home
 from fabric.app.job_store import ReplicatedJobStore
@@ -142,6 +143,7 @@ async def _opened(
             session.store.links,
             session.running_jobs,
             session.config.nat.probe,
+            partial(site_members, session.store, session.own),
         )
         try:
             yield session

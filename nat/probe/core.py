@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 from blake3 import blake3
@@ -30,18 +30,27 @@ class _Link(msgspec.Struct):
     peak_down: float = 0.0
 
 
-def choose(me: PeerId, members: Iterable[PeerId], most: int) -> tuple[PeerId, ...]:
+def choose(
+    me: PeerId,
+    members: Iterable[PeerId],
+    most: int,
+    near: Collection[PeerId] = frozenset(),
+) -> tuple[PeerId, ...]:
     """Return at most ``most`` of ``members`` to measure, the same at every call.
 
     A pair has one score at both ends, so both tend to choose it or not (rendezvous
-    hashing, Thaler and Ravishankar 1998).
+    hashing, Thaler and Ravishankar 1998). Half of the places are for those ``near``:
+    by chance alone a large job's neighbours would hardly be measured together, and
+    nothing would show that they are neighbours.
     """
 
     def score(other: PeerId) -> bytes:
         return blake3("\0".join(sorted((me, other))).encode()).digest()
 
     others = sorted({peer for peer in members if peer != me}, key=score)
-    return tuple(others[:most])
+    first = [peer for peer in others if peer in near][: most // 2]
+    rest = [peer for peer in others if peer not in set(first)]
+    return tuple(first + rest[: most - len(first)])
 
 
 class ProbeBook:
@@ -59,9 +68,20 @@ class ProbeBook:
         self._rng = rng
         self._links: dict[PeerId, _Link] = {}
 
-    def set_members(self, members: Iterable[PeerId], now: float) -> None:
-        """Measure the links with these peers (a choice of them) and no others."""
-        chosen = choose(self._me, members, self._config.max_links)
+    def set_members(
+        self,
+        members: Iterable[PeerId],
+        now: float,
+        near: Collection[PeerId] = frozenset(),
+    ) -> None:
+        """Measure the links with these peers (a choice of them) and no others.
+
+        Args:
+            members: Of our jobs.
+            now: Monotonic seconds.
+            near: Those that may be at our site.
+        """
+        chosen = choose(self._me, members, self._config.max_links, near)
         first = self._config.jitter * self._config.retry_seconds
         self._links = {
             peer: self._links.get(peer)

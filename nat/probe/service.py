@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import cast
@@ -109,9 +109,11 @@ class ProbeService:
         self._token = trio.lowlevel.current_trio_token()
         bulk.serve_bulk(SERVICE, self._serve)
 
-    def set_members(self, members: Iterable[PeerId]) -> None:
+    def set_members(
+        self, members: Iterable[PeerId], near: Collection[PeerId] = frozenset()
+    ) -> None:
         """Keep the links with these peers measured (at most ``config.max_links``)."""
-        self._book.set_members(members, trio.current_time())
+        self._book.set_members(members, trio.current_time(), near)
 
     def link(self, peer: PeerId) -> LinkMeasurement | None:
         """Return the last measurement of the link with ``peer``, or None."""

@@ -13,8 +13,8 @@ class Source:
         self.members = frozenset()
         self.known = {}
 
-    def set_members(self, members):
-        self.members = members
+    def set_members(self, members, near):
+        self.members, self.near = members, near
 
     def links(self):
         return {peer: link for peer, link in self.known.items() if peer in self.members}
@@ -36,9 +36,11 @@ async def test_each_job_gets_the_links_to_its_members(autojump_clock):
     source, table, jobs = Source(), Table(), {"one": {"a", "b"}, "two": {"b"}}
     link = LinkMeasurement(rtt_seconds=0.02, up_bytes_per_second=1e6)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(publish_links, source, table, lambda: jobs, ProbeConfig())
+        nursery.start_soon(
+            publish_links, source, table, lambda: jobs, ProbeConfig(), lambda: {"b"}
+        )
         await trio.sleep(1)
-        assert source.members == {"a", "b"}
+        assert (source.members, source.near) == ({"a", "b"}, {"b"})
         assert table.written == []
         source.known = {"a": link, "b": link, "c": link}
         table.full = True

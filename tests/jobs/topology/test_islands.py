@@ -1,6 +1,7 @@
 """Islands and levels: found where they are, equal everywhere, unmoved by noise."""
 
 import math
+import os
 import random
 
 import pytest
@@ -31,6 +32,7 @@ SHAPES = [
     ((4, 4), (3,), (2, 2)),
     (((2, 2), (2,)), ((2, 3), (1, 1))),
 ]
+SOAKING = int(os.environ.get("SOAK_FACTOR", "1")) > 1
 few = settings(max_examples=12)
 NOISE = 1.12
 """A distance moves by 1.12 ** 1.5 = 1.19 and a leap by 1.19 ** 2 = 1.41, at most."""
@@ -215,3 +217,21 @@ def test_each_cut_has_a_reason():
     flat = topology_of(records_of(links_of(3)), peers(3))
     assert reasons(flat, str)[0].startswith("no cut: ")
     assert reasons(topology_of({}, ["a"]), str) == ("a is alone",)
+
+
+@pytest.mark.slow
+def test_islands_of_a_large_job_are_found_from_32_links_each():
+    """Half of them to peers of the same site, as probes are dealt out."""
+    shape = (25,) * (40 if SOAKING else 10)
+    paths, rng = peers(shape), random.Random(7)
+    names = sorted(paths)
+    links = {}
+    for one in names:
+        site = [p for p in names if paths[p][0] == paths[one][0] and p != one]
+        for other in rng.sample(site, 16) + rng.sample(names, 16):
+            if other != one:
+                near = paths[other][0] == paths[one][0]
+                links[one, other] = LAN if near else WAN
+    found = topology_of(records_of(links, noise=NOISE, rng=rng), names)
+    assert found.cuts == cuts_of(shape)
+    assert found.root.level == 2

@@ -47,6 +47,16 @@ def test_at_most_32_links_are_measured_and_pairs_agree():
     assert choose(ME, PEERS[:10], 32) == choose(ME, PEERS[9::-1], 32)
 
 
+def test_half_of_the_links_are_to_those_nearby():
+    near = PEERS[40:60]
+    chosen = choose(ME, PEERS, 32, near)
+    assert len(set(chosen)) == 32
+    assert 16 <= len(set(chosen) & set(near)) < 32
+    assert choose(ME, PEERS, 32, PEERS[:3])[:2] == choose(ME, PEERS[:3], 32)
+    few = choose(ME, PEERS[:10], 32, near)
+    assert set(few) == set(PEERS[1:10])
+
+
 @settings(max_examples=50)
 @given(
     st.lists(
