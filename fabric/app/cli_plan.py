@@ -12,7 +12,9 @@ import msgspec
 from fabric.app.cli_output import show_json, show_table, show_text, talk
 from fabric.app.client import connect
 from fabric.app.config_loader import parse_assignment
+from fabric.app.control_messages import JobRow
 from fabric.app.planning import (
+    LinkRow,
     PlanReport,
     PlanRow,
     ground_of_view,
@@ -26,6 +28,7 @@ from fabric.jobs.plan.schemes import Dtype, PlanSettings, Precision
 from fabric.jobs.plan.shapes import ModelShape
 from fabric.jobs.spec import JobSpec, load_spec
 
+MAX_LINKS_SHOWN = 8
 RESOURCES = 6
 """Exit code when nothing fits."""
 
@@ -92,7 +95,7 @@ def plan(
     """
     job = load_spec(spec, dict(parse_assignment(text) for text in set))
     shape = model_of(job.model, flags.model)
-    ground, notes = _ground(job, flags, home)
+    ground, notes = _ground(job, shape, flags, home)
     settings = _settings(job, shape, ground, flags)
     report = report_of(job, ground, shape, settings, notes)
     if json:
@@ -104,7 +107,7 @@ def plan(
 
 
 def _ground(
-    spec: JobSpec, flags: PlanFlags, home: Path | None
+    spec: JobSpec, shape: ModelShape, flags: PlanFlags, home: Path | None
 ) -> tuple[Ground, list[str]]:
     memory = parse_size(flags.memory) if flags.memory else 0
     if flags.links is not None:
@@ -120,13 +123,29 @@ def _ground(
         flags.job, max_peers=spec.require.max_peers, measure=flags.measure
     )
     notes = [f"not asked to measure: {line}" for line in view.unasked]
-    if not flags.flops:
+    flops = flags.flops
+    if not flops and flags.job:
+        flops = _measured_flops(client.job(flags.job).status(), shape)
+        if flops:
+            notes.append(f"speed is the job's: {flops:.3g} operations/s of each rank")
+    if not flops:
         notes.append("speed is guessed from cores: --flops says better")
     if not any(record.links for record in view.records.values()):
         notes.append(
             "no link is measured (they are while a job runs): --measure does it now"
         )
-    return ground_of_view(view, memory, flags.flops), notes
+    return ground_of_view(view, memory, flops), notes
+
+
+def _measured_flops(row: JobRow, shape: ModelShape) -> float:
+    """Return what each participant computes; 0: no round has ended.
+
+    By its last round, exchange included: in an outer loop that is little of it.
+    """
+    tokens = row.facts.get("tokens_per_second", 0.0)
+    if isinstance(tokens, str) or not row.participants:
+        return 0.0
+    return tokens * shape.flops_per_token / len(row.participants)
 
 
 def _settings(
@@ -167,12 +186,23 @@ def show_report(report: PlanReport, rows: int) -> None:
         show_text(f"{hidden} more were priced; --json has the best of each degrees")
     if report.best is None:
         show_text("nothing fits the memory: more ranks, --micro-steps, or --allow int4")
+    for link in _outermost(report):
+        show_text(
+            f"{link.place}: {size_text(link.into_bytes)} in and "
+            f"{size_text(link.out_bytes)} out a step at {link.level}"
+        )
     for each in report.replication:
         often = f", every {each.every_steps} steps" if each.every_steps > 1 else ""
         sent = f"{size_text(each.bytes_each)}{often}" if each.every_steps else "0 B"
         show_text(f"loss of {each.what}: {each.loss} (copies: {sent})")
     for note in report.notes:
         talk(f"note: {note}")
+
+
+def _outermost(report: PlanReport) -> list[LinkRow]:
+    """Return the links that are the scarcest, as a rule: those of the last level."""
+    last = report.levels[-1] if report.levels else ""
+    return [link for link in report.links if link.level == last][:MAX_LINKS_SHOWN]
 
 
 def _table(report: PlanReport, rows: tuple[PlanRow, ...]) -> None:

@@ -1,6 +1,7 @@
 """The verb plan without a mesh, and how links are dealt out to be measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_a_plan_is_a_table_with_reasons(capsys):
     assert "* the fastest that fits" in out
     assert "as the job says" in out
     assert "loss of a site" in out
+    assert re.search(r"^ann\+1: .* in and .* out a step at internet$", out, re.M)
 
 
 def test_a_plan_in_json_has_exact_bytes_by_link(capsys):
