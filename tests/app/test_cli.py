@@ -172,6 +172,9 @@ def test_a_job_from_start_to_stop(fabric, homes, job_file):
     assert "round" in kinds
     why = fabric("why", job[:8], "--home", b, "--json").json["lines"]
     assert why[0].startswith("job tiny is running")
+    plan = fabric("plan", job_file, "--job", job[:8], "--home", a, "--json").json
+    assert plan["ranks"] == 2
+    assert any("speed is the job's" in note for note in plan["notes"]), plan["notes"]
 
     assert fabric("stop", job[:8], "--home", b, "--json").code == 0
     ended = fabric("wait", job, "--home", b, "--json")
