@@ -13,7 +13,7 @@ from typing import Annotated, Protocol
 import msgspec
 import trio
 
-from crdt_store.link_views import MAX_LINKS, LinkRecord
+from crdt_store.link_records import MAX_LINKS, LinkRecord
 from fabric.app.links import as_record
 from fabric.core.codec import Codec
 from fabric.core.errors import FabricError

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import trio
 
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from fabric.core.errors import FabricError
 from fabric.core.ids import JobId, PeerId
 from fabric.net.ports import LinkMeasurement

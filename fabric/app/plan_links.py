@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from crdt_store.link_views import LinkRecord
+from crdt_store.link_records import LinkRecord
 from fabric.app.domains import domain_of_record
 from fabric.app.link_survey import own_links, survey
 from fabric.app.links import as_record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from crdt_store.link_views import LinkRecord
+from crdt_store.link_records import LinkRecord
 
 
 class PlanLinks(msgspec.Struct, frozen=True, tag="plan_links"):

@@ -9,7 +9,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crdt_store.link_views import MAX_LINKS, LinkRecord, PublishedLink
+from crdt_store.link_records import MAX_LINKS, LinkRecord, PublishedLink
 from fabric.app.cli import app
 from fabric.app.link_survey import own_links, serve_survey, shares, survey
 from fabric.core.errors import NoRoute

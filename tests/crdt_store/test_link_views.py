@@ -2,7 +2,8 @@
 
 import pytest
 
-from crdt_store.link_views import MAX_LINKS, LinkRecord, Links, PublishedLink
+from crdt_store.link_records import MAX_LINKS, LinkRecord, PublishedLink
+from crdt_store.link_views import Links
 from crdt_store.slots import Slots
 from fabric.core.ids import JobId
 

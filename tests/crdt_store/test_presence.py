@@ -7,7 +7,7 @@ import trio
 
 from attestation.ports import Verdict
 from attestation.states import State, Tier
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from crdt_store.views import MEMBER_TTL_SECONDS, CheckpointHead, MemberRecord
 from fabric.app.control_verbs import job_row
 from fabric.app.job_store import AssignmentHint, ReplicatedJobStore

@@ -38,7 +38,7 @@ from typing import Annotated
 
 import msgspec
 
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from fabric.core.errors import ConfigError
 from fabric.core.ids import PeerId
 from fabric.jobs.plan.ground import UNSHARED, Ground, Place, Rank

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from fabric.core.ids import PeerId
 
 DOUBLING = 256

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
-from crdt_store.link_views import LinkRecord
+from crdt_store.link_records import LinkRecord
 from fabric.core.ids import PeerId
 from fabric.jobs.topology.dendrogram import Join, dendrogram
 from fabric.jobs.topology.distances import Link, Links, factor, log2_fixed, merge

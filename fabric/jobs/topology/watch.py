@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from crdt_store.link_views import LinkRecord
+from crdt_store.link_records import LinkRecord
 from fabric.core.ids import PeerId
 from fabric.jobs.topology.islands import Topology, topology_of
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from fabric.core.errors import ConfigError
 from fabric.core.ids import PeerId
 from fabric.jobs.plan.linkfile import load_ground

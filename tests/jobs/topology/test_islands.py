@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from fabric.core.ids import PeerId
 from fabric.jobs.topology.distances import DOUBLING, distance, log2_fixed, merge
 from fabric.jobs.topology.islands import topology_of

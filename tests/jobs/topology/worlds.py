@@ -2,7 +2,7 @@
 
 import random
 
-from crdt_store.link_views import LinkRecord, PublishedLink
+from crdt_store.link_records import LinkRecord, PublishedLink
 from fabric.core.ids import PeerId
 from nat.probe.estimate import quantise
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdt_store.entry import MAX_VALUE_BYTES
-from crdt_store.link_views import MAX_LINKS, LinkRecord, PublishedLink
+from crdt_store.link_records import MAX_LINKS, LinkRecord, PublishedLink
 from fabric.app.links import as_record
 from fabric.core.codec import Codec
 from fabric.core.ids import peer_id_of
