@@ -20,6 +20,7 @@ from fabric.app.planning import (
     model_of,
     report_of,
 )
+from fabric.core.errors import ConfigError
 from fabric.jobs.plan.ground import Ground
 from fabric.jobs.plan.linkfile import load_ground
 from fabric.jobs.plan.quantities import parse_size, seconds_text, size_text
@@ -52,6 +53,11 @@ def run_plan(
         json: Print JSON.
     """
     job = load_spec(spec, dict(parse_assignment(text) for text in changes))
+    if job.kind != "train":
+        raise ConfigError(
+            f"a {job.kind} job has no states to shard",
+            next_step="plans are for jobs of kind train",
+        )
     shape = model_of(job.model, flags.model)
     ground, notes = _ground(job, shape, flags, home)
     settings = _settings(job, shape, ground, flags)

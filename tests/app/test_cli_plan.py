@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from crdt_store.link_records import MAX_LINKS, LinkRecord, PublishedLink
 from fabric.app.cli import app
 from fabric.app.link_survey import own_links, serve_survey, shares, survey
-from fabric.core.errors import NoRoute
+from fabric.core.errors import ConfigError, NoRoute
 from fabric.core.ids import PeerId
 from fabric.net.ports import LinkMeasurement
 
@@ -87,6 +87,25 @@ def test_a_plan_for_a_checkpoint_reads_its_shapes(tmp_path, capsys):
     (tmp_path / "m.safetensors").rename(tmp_path / "model.safetensors")
     _, out = plan(capsys, "--json", "--model", str(tmp_path))
     assert json.loads(out)["parameters"] == 3 * 32 + 64
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no states to shard"):
+        app(
+            [
+                "plan",
+                JOB,
+                *LINKS,
+                "--set",
+                "kind=serve",
+                "--set",
+                f"serve.checkpoint={'0' * 64}",
+            ]
+        )
+    with pytest.raises(ConfigError, match="not on this machine"):
+        app(["plan", JOB, *LINKS, "--set", f"model.source=blob:{'0' * 64}"])
+    with pytest.raises(ConfigError):
+        app(["plan", JOB, *LINKS, "--model", str(tmp_path)])
 
 
 # -- the survey
