@@ -227,10 +227,12 @@ def test_plan_over_links_that_are_measured_now(fabric, homes, job_file):
     assert planned.code == 0, planned.err
     report = planned.json
     assert report["ranks"] == 2
-    assert report["levels"] in (["site"], ["host"])
+    # what the one level is called is for the round trip to say, which is long when busy
+    assert len(report["levels"]) == 1, report["cuts"]
+    assert report["levels"] != ["unmeasured"], report["cuts"]
     assert report["best"]["fits"]
     assert not any("not asked" in note for note in report["notes"])
-    assert report["cuts"][0].startswith("no cut: ")
+    assert report["cuts"][0].startswith("no cut: "), report["cuts"]
 
 
 def test_leave_and_down(fabric, homes):
