@@ -1,0 +1,1 @@
+"""Collectives over connected sockets: pure schedules, their choice, their execution."""
