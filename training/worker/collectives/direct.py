@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from training.worker.collectives.schedule import (
     Bundles,
+    Do,
     Message,
+    Op,
+    Program,
     Schedule,
     Span,
     copy,
@@ -92,3 +95,26 @@ def dissemination(members: Sequence[int]) -> Schedule:
         distance *= 2
         number += 1
     return tuple(rounds)
+
+
+def all_to_all_program(
+    rank: int, given: Sequence[int], taken: Sequence[int]
+) -> Program:
+    """Return one rank's part of :func:`all_to_all`, for which its own sizes suffice.
+
+    Args:
+        rank: Ours.
+        given: Elements for each rank.
+        taken: Elements from each rank.
+    """
+    count = len(given)
+    inputs, outputs = spans_of(given), spans_of(taken)
+    behind = sum(given)
+    sends = [(rank + s) % count for s in range(1, count)]
+    receives = [(rank - s) % count for s in range(1, count)]
+    ops = [Op(Do.SEND, peer, inputs[peer]) for peer in sends]
+    for peer in receives:
+        span = outputs[peer]
+        into = Span(behind + span.start, behind + span.stop)
+        ops.append(Op(Do.RECEIVE, peer, into))
+    return tuple(op for op in ops if op.span.size)

@@ -1,0 +1,50 @@
+"""Kill, stop or cut a rank in each collective: an error that names it, then go on."""
+
+import os
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+FACTOR = int(os.environ.get("SOAK_FACTOR", "1"))
+WORLD = 4
+VICTIM = 1
+PATIENCE_SECONDS = 1.5
+ALL = [
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
+    "reduce",
+    "all_to_all",
+    "gather",
+    "scatter",
+    "barrier",
+]
+CASES = [
+    ("SIGKILL", "all_reduce"),
+    ("SIGSTOP", "all_gather"),
+    ("cut", "reduce_scatter"),
+]
+if FACTOR > 1:
+    CASES = [
+        (how, name) for how in ("SIGKILL", "SIGSTOP", "cut", "exit") for name in ALL
+    ]
+
+
+@pytest.mark.parametrize(("how", "name"), CASES)
+def test_the_others_hear_who_it_was_and_go_on(ranks, how, name):
+    processes = ranks.start("fault_program.py", WORLD, how, name)
+    killed = () if how == "cut" else (VICTIM,)
+    found = ranks.results(processes, 120, killed=killed)
+    left = [rank for rank in range(WORLD) if rank != VICTIM]
+    for rank in left:
+        report = found[rank]
+        assert report["size"] == WORLD - 1
+        assert report["sum"] == sum(left)
+        if how == "cut":
+            assert report["code"] in {"E_ABORTED", "E_PEER_LOST"}
+        else:
+            assert report["peer"] == f"rank {VICTIM}", report
+        # the machine is shared: the bound is patience and a start of threads
+        assert report["seconds"] < 4 * PATIENCE_SECONDS + 2
