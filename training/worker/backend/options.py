@@ -31,6 +31,7 @@ class FabricOptions:
         tls: Whether ranks that do not share memory use TLS.
         ip: Where to listen; empty: found from the store's address.
         names: Of the world's ranks, for errors; empty: "rank N".
+        measure: Whether to measure the links of each group when it is made.
         connector: Where sockets come from; None: ranks meet in the store.
     """
 
@@ -41,6 +42,7 @@ class FabricOptions:
     tls: bool = True
     ip: str = ""
     names: tuple[str, ...] = ()
+    measure: bool = False
     connector: MakeConnector | None = None
     # torch reads and sets these on any options object
     _timeout: timedelta = DEFAULT_TIMEOUT

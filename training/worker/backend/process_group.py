@@ -93,6 +93,10 @@ class FabricProcessGroup(dist.ProcessGroup):
         self.engine.close()
         self._begin(rank, names, links, connector)
 
+    def use_links(self, links: Links) -> None:
+        """Choose by ``links`` from the next collective on; every rank does, alike."""
+        self._requests = Requests(self._rank, Chooser(links, self._algorithm))
+
     # -- names and numbers --------------------------------------------------------
 
     def size(self) -> int:

@@ -25,6 +25,7 @@ from fabric.bulk.certificates import (
     make_worker_key,
 )
 from fabric.core.signing import Ed25519Signer
+from training.worker.backend.measure import measure_links
 from training.worker.backend.options import FabricOptions
 from training.worker.backend.process_group import NAME, FabricProcessGroup
 from training.worker.collectives.connect import BoardConnector
@@ -60,7 +61,7 @@ def create(made: Any, options: Any = None) -> FabricProcessGroup:  # noqa: ANN40
         connector = make(made.store, made.group_rank, ranks)
     else:
         connector = _from_store(made.store, made.group_rank, ranks, options, timeout)
-    return FabricProcessGroup(
+    group = FabricProcessGroup(
         made.group_rank,
         names,
         links,
@@ -70,6 +71,9 @@ def create(made: Any, options: Any = None) -> FabricProcessGroup:  # noqa: ANN40
         group_name=made.group_id,
         algorithm=options.algorithm,
     )
+    if options.measure and len(ranks) > 1:
+        group.use_links(measure_links(group))
+    return group
 
 
 def _from_store(

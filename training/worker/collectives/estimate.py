@@ -13,6 +13,10 @@ from collections.abc import Hashable
 from training.worker.collectives.links import Links
 from training.worker.collectives.schedule import Message, Schedule, Span
 
+SHARING = 0.06
+"""Part of its rate that a card loses to several flows: measured, four ranks at 1 Gbit/s
+reach 99 % of a ring of gloo as a ring, 92 % each to each, 85 % by doubling."""
+
 
 class _Arrivals:
     """When spans of one rank's space began and ended to arrive."""
@@ -43,6 +47,7 @@ def estimate(
 ) -> float:
     """Return the seconds until the last message of ``schedule`` has arrived."""
     free: dict[Hashable, float] = {}
+    busy_with: dict[Hashable, tuple[int, int]] = {}
     arrivals = [_Arrivals() for _ in range(links.size)]
     last = 0.0
     for steps in schedule:
@@ -60,8 +65,11 @@ def estimate(
             latency = links.latency[message.source][message.target]
             lag = first / min(used.values())
             start = max([begun, *(free.get(key, 0.0) for key in used)])
+            pair = (message.source, message.target)
             for key, rate in used.items():
-                free[key] = start + nbytes / rate
+                shared = busy_with.get(key, pair) != pair
+                busy_with[key] = pair
+                free[key] = start + nbytes / rate * (1 + shared * SHARING)
             done = max(max(free[key] for key in used), ended + lag) + latency
             into = Span(message.at, message.at + message.span.size)
             arrivals[message.target].add(into, start + lag + latency, done)
@@ -74,8 +82,8 @@ def _resources(links: Links, message: Message) -> dict[Hashable, float]:
     used: dict[Hashable, float] = {
         (source, target): links.bytes_per_second[source][target],
         # a rank's own processor and card move one byte at a time
-        ("out", source): max(links.bytes_per_second[source]),
-        ("in", target): max(row[target] for row in links.bytes_per_second),
+        ("out", source): max(links.rates_of(source)),
+        ("in", target): max(links.rates_to(target)),
     }
     if links.has_islands():
         here, there = links.island(source), links.island(target)

@@ -8,6 +8,7 @@ measurements and must come to the same choice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ LOCAL_LATENCY_SECONDS = 1e-4
 """Between processes of one host: a wake-up of a thread at each end."""
 LOCAL_BYTES_PER_SECOND = 1.5e9
 """Through shared memory on an ordinary machine."""
+STEP = 1.1
 MAX_IMPROVED = 24
 """Members up to which a ring's order is improved by exchanges: cost grows as n^4."""
 
@@ -46,6 +48,16 @@ class Links:
         """Return the time of a message alone on its link."""
         rate = self.bytes_per_second[source][target]
         return self.latency[source][target] + nbytes / rate
+
+    def rates_of(self, rank: int) -> list[float]:
+        """Return the rates of ``rank``'s links to the others."""
+        row = self.bytes_per_second[rank]
+        return [rate for other, rate in enumerate(row) if other != rank]
+
+    def rates_to(self, rank: int) -> list[float]:
+        """Return the rates of the others' links to ``rank``."""
+        rows = enumerate(self.bytes_per_second)
+        return [row[rank] for other, row in rows if other != rank]
 
     def has_islands(self) -> bool:
         """Return whether there is a slow boundary."""
@@ -93,6 +105,11 @@ def subset(links: Links, ranks: Sequence[int]) -> Links:
     )
 
 
+def quantised(value: float) -> float:
+    """Return ``value`` (> 0) rounded to a step of 10 %: noise makes no new choice."""
+    return float(STEP ** round(math.log(value) / math.log(STEP)))
+
+
 def ring_order(links: Links, nbytes: float) -> tuple[int, ...]:
     """Return the ranks in the ring order whose slowest link is fastest.
 
@@ -123,12 +140,7 @@ def part_sizes(links: Links, total: int) -> tuple[int, ...]:
     zero: T is found by leaving those out. Rounded to sum to ``total``.
     """
     count = links.size
-    rates = [
-        min(links.bytes_per_second[i][j] for j in range(count) if j != i)
-        if count > 1
-        else 1.0
-        for i in range(count)
-    ]
+    rates = [min(links.rates_of(i), default=1.0) for i in range(count)]
     if count < 3:
         return _rounded([1.0] * count, total)
     sharing = sorted(range(count), key=lambda i: -rates[i])

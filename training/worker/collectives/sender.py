@@ -64,7 +64,8 @@ class Sender(End):
         try:
             if self._tasks:
                 return False
-            self._transfer(self.end, task)
+            with self.end.errors():
+                self._transfer(self.end, task)
         except AbortHeard as heard:
             self._group.heard_abort(heard.rank, self.member)
         except FabricError as error:
@@ -87,7 +88,7 @@ class Sender(End):
                     pass
         finally:
             self.end = None
-            with self._moving, contextlib.suppress(FabricError):
+            with self._moving, contextlib.suppress(FabricError), end.errors():
                 if self._group.error is not None:
                     end.write(Head(Kind.ABORT, value=self._origin()).encode(), _stop)
             end.close()
