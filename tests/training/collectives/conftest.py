@@ -1,12 +1,10 @@
-"""Ranks of a torch program, as processes; each prints its result as a JSON line."""
+"""Ranks of torch programs; each prints its result as a JSON line (see launcher.py)."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,54 +12,46 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
-def start(script, world, *arguments, extra=None):
-    """Start ``world`` ranks of ``script``; return their processes."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    # the interpreter's own environment, and no threads beside those under test
-    base = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), *map(str, arguments)],
-            env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (extra or {}),
+class Ranks:
+    def __init__(self):
+        # the interpreter's own environment, and no threads beside those under test
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.launcher = subprocess.Popen(
+            [sys.executable, str(HERE / "launcher.py")],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(world)
-    ]
+
+    def run(self, script, world, *arguments, killed=(), seconds=120):
+        case = {
+            "script": str(HERE / script),
+            "world": world,
+            "arguments": arguments,
+            "killed": list(killed),
+            "seconds": seconds,
+        }
+        self.launcher.stdin.write(json.dumps(case) + "\n")
+        self.launcher.stdin.flush()
+        answer = json.loads(self.launcher.stdout.readline())
+        assert not answer["failed"], "\n".join(answer["failed"].values())
+        return {int(rank): found for rank, found in answer["results"].items()}
+
+    def close(self):
+        self.launcher.stdin.close()
+        self.launcher.wait(30)
+        self.launcher.stdout.close()
 
 
-def results(processes, seconds, *, killed=()):
-    """Return the last JSON line of each rank that was to end by itself."""
-    found = {}
-    try:
-        for rank, process in enumerate(processes):
-            if rank in killed:
-                continue
-            out, err = process.communicate(timeout=seconds)
-            assert process.returncode == 0, f"rank {rank}: {out[-2000:]}{err[-4000:]}"
-            lines = [line for line in out.splitlines() if line.startswith("{")]
-            found[rank] = json.loads(lines[-1])
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                pipe.close()
-    return found
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks():
-    return SimpleNamespace(start=start, results=results)
+    made = Ranks()
+    yield made
+    made.close()

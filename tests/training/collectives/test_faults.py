@@ -34,9 +34,8 @@ if FACTOR > 1:
 
 @pytest.mark.parametrize(("how", "name"), CASES)
 def test_the_others_hear_who_it_was_and_go_on(ranks, how, name):
-    processes = ranks.start("fault_program.py", WORLD, how, name)
     killed = () if how == "cut" else (VICTIM,)
-    found = ranks.results(processes, 120, killed=killed)
+    found = ranks.run("fault_program.py", WORLD, how, name, killed=killed)
     left = [rank for rank in range(WORLD) if rank != VICTIM]
     for rank in left:
         report = found[rank]

@@ -49,7 +49,7 @@ PIECE_BYTES = 1 << 20
 """What travels, is reduced and is waited for at once."""
 CHOICES_KEPT = 512
 """Choices and schedules kept: programs repeat a few sizes for ever."""
-MAX_ESTIMATED = 64
+MAX_ESTIMATED = 32
 """Ranks up to which schedules are compared; above, only by size."""
 SMALL_BYTES = 1 << 16
 
