@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fabric.core.errors import FabricError, LocalProtocolError
+from training.worker.collectives.choose import PIECE_BYTES
 from training.worker.collectives.errors import Aborted, PeerLost, PeerSilent
 from training.worker.collectives.hazards import Waits, waits_of
 from training.worker.collectives.line import Member, Opened, check_rank_untrusted
@@ -258,15 +259,18 @@ class Engine:
         job.done(None)
 
     def _finish_parts(self, operation: Operation, program: Program) -> None:
+        step = max(1, PIECE_BYTES // operation.memory.itemsize)
         for index, op in enumerate(program):
-            if op.do is Do.FINISH:
-                span = op.span
+            if op.do is not Do.FINISH:
+                continue
+            for start in range(op.span.start, op.span.stop, step):
+                stop = min(op.span.stop, start + step)
                 try:
-                    operation.wait(index, span.stop, self._patience, lambda: None)
+                    operation.wait(index, stop, self._patience, lambda: None)
                 except FabricError:
                     return  # the operation has ended with it
-                operation.memory.finish(span.start, span.stop)
-                operation.advance(index, span.stop)
+                operation.memory.finish(start, stop)
+                operation.advance(index, stop)
 
     def _out_of_time(self, operation: Operation) -> None:
         rank = operation.waits_for()
