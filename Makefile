@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+HIVEMIND := $(VENV)/rivals/hivemind
 
 # daemons, workers and test processes start often: let Python keep what it compiled
 export PYTHONDONTWRITEBYTECODE :=
@@ -43,6 +44,11 @@ soak: $(STAMP)  ## Full counts of one area: make soak AREA=state|net|nat|ckpt|tr
 
 bench-setup: $(STAMP)  ## Install the rivals that benchmarks compare with
 	$(BIN)/pip install -q -c constraints.txt lattica==1.0.21 loro==1.17.1
+	# hivemind pins another protobuf: an environment of its own, which sees our torch
+	test -x $(HIVEMIND)/bin/python || $(PYTHON) -m venv $(HIVEMIND)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(HIVEMIND)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth
+	$(HIVEMIND)/bin/pip install -q hivemind==1.1.12
 
 bench: bench-setup  ## All benchmarks, appended to benchmarks/results/*.jsonl
 	$(BIN)/python -m benchmarks.rpc --json
@@ -51,6 +57,7 @@ bench: bench-setup  ## All benchmarks, appended to benchmarks/results/*.jsonl
 	$(BIN)/python -m benchmarks.store --json
 	$(BIN)/python -m benchmarks.simulator --json
 	$(BIN)/python -m benchmarks.checkpoints --json
+	$(BIN)/python -m benchmarks.collectives --json
 
 fmt: $(STAMP)  ## Format and sort imports
 	$(BIN)/ruff format .
