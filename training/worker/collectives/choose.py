@@ -37,6 +37,7 @@ from training.worker.collectives.ring import (
 from training.worker.collectives.schedule import (
     Schedule,
     Span,
+    connections,
     even_sizes,
     finish,
     reversed_paths,
@@ -52,6 +53,9 @@ CHOICES_KEPT = 512
 MAX_ESTIMATED = 32
 """Ranks up to which schedules are compared; above, only by size."""
 SMALL_BYTES = 1 << 16
+NOISE = 0.15
+"""Measurements and estimates differ by this much for no reason: among candidates that
+are so near the best, the one with the fewest connections is taken."""
 
 Make = Callable[[int], Schedule]
 """A schedule for so many elements in all."""
@@ -162,11 +166,14 @@ class Chooser:
             small = [n for n in ("exchange", "doubling", "tree") if n in candidates]
             large = [n for n in ("islands", "ring", "chain") if n in candidates]
             return ([*small, *large] if nbytes <= SMALL_BYTES else [*large, *small])[0]
+        made = {name: make(nbytes) for name, make in candidates.items()}
         times = {
-            name: estimate(make(nbytes), self.links, 1, PIECE_BYTES)
-            for name, make in candidates.items()
+            name: estimate(schedule, self.links, 1, PIECE_BYTES)
+            for name, schedule in made.items()
         }
-        return min(times, key=lambda name: (round(times[name], 9), name))
+        good = (1 + NOISE) * min(times.values())
+        near = [name for name in sorted(made) if times[name] <= good]
+        return min(near, key=lambda name: (connections(made[name]), times[name]))
 
     def _possible(self, names: Sequence[str]) -> list[str]:
         return [n for n in names if n != "islands" or self.links.has_islands()]

@@ -163,6 +163,18 @@ def side_by_side(schedules: Iterable[Schedule]) -> Schedule:
     )
 
 
+def connections(schedule: Schedule) -> int:
+    """Return how many one-way connections ``schedule`` uses."""
+    return len(
+        {
+            (step.source, step.target)
+            for steps in schedule
+            for step in steps
+            if isinstance(step, Message)
+        }
+    )
+
+
 def finish(owners: Sequence[int], bundles: Bundles) -> Schedule:
     """Return the round in which each owner finishes what it holds."""
     return (
