@@ -166,6 +166,18 @@ def test_a_rank_that_runs_another_collective_is_found():
 
 
 @pytest.mark.slow
+def test_what_cannot_be_reduced_fails_and_does_not_hang():
+    def act(group, rank):
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = torch.distributed.ReduceOp.BAND
+        return group.allreduce([torch.ones(300_000)], options).wait()
+
+    with groups(2) as made:
+        results = together(made, act)
+    assert all(isinstance(r, FabricError) for r in results)
+
+
+@pytest.mark.slow
 def test_slow_is_not_dead():
     """A rank that comes later than patience is waited for: its process is alive."""
 

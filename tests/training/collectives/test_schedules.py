@@ -269,6 +269,10 @@ class TestChooser:
     def test_slow_boundary_takes_islands(self):
         links = two_speeds(((0, 1, 2, 3), (4, 5, 6, 7)), 8)
         assert Chooser(links).name("all_reduce", 1 << 24, 4) == "islands"
+        assert (
+            Chooser(two_speeds(((0, 1), (2, 3)), 4)).name("all_reduce", 1 << 24, 4)
+            == "islands"
+        )
         assert Chooser(links).name("all_gather", 1 << 24, 4) == "islands"
 
     @given(root=st.integers(0, 6), rng=seeds())

@@ -1,7 +1,8 @@
 """``import training.worker.backend.register`` makes ``fabric`` a backend of torch.
 
-Also an entry of torch's: a program that runs under ``fabric exec`` says only
-``init_process_group("fabric")``.
+Whoever starts a program that knows nothing of us imports it before the program: that
+one says only ``init_process_group("fabric")``. Without a daemon ranks meet in torch's
+store; :func:`use` says where sockets come from instead.
 """
 
 from __future__ import annotations

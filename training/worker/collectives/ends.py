@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fabric.core.errors import FabricError
+from fabric.core.errors import FabricError, LocalProtocolError
 from training.worker.collectives.choose import PIECE_BYTES
 from training.worker.collectives.errors import PeerSilent, blamed
 from training.worker.collectives.line import AbortHeard, Member, Opened
@@ -95,6 +95,8 @@ class End:
             self._group.heard_abort(heard.rank, self.member)
         except FabricError as error:
             self._group.suspect(error)
+        except Exception as exc:  # noqa: BLE001 - or the operation would never end
+            self._group.suspect(LocalProtocolError(f"{self.member.name}: {exc!r}"))
 
     def _run(self) -> None:
         raise NotImplementedError
