@@ -25,6 +25,7 @@ import msgspec
 
 from fabric.bulk.certificates import Credentials
 from fabric.bulk.tls import handshake
+from fabric.bulk.tls_receiver import TlsReceiver
 from fabric.core.codec import Codec
 from fabric.core.errors import (
     FabricError,
@@ -34,7 +35,7 @@ from fabric.core.errors import (
     Unavailable,
 )
 from training.worker.collectives.choose import PIECE_BYTES
-from training.worker.collectives.line import Opened
+from training.worker.collectives.line import Duplex, Opened
 
 SLOTS = 4
 """Pieces in shared memory per connection: few, so that they stay in the cache."""
@@ -179,16 +180,15 @@ class BoardConnector:
 
     def _secured(
         self, sock: socket.socket, address: Address, *, server: bool
-    ) -> socket.socket:
+    ) -> Duplex:
         if self._credentials is None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
+        der = address.certificate
+        if server:
+            return TlsReceiver(sock, self._credentials, der, HELLO_SECONDS)
         return handshake(
-            sock,
-            self._credentials,
-            address.certificate,
-            server=server,
-            timeout_seconds=HELLO_SECONDS,
+            sock, self._credentials, der, server=False, timeout_seconds=HELLO_SECONDS
         )
 
     def _listen(self, listener: socket.socket) -> None:

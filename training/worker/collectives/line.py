@@ -14,6 +14,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fabric.bulk.tls import tls_errors
 from fabric.core.errors import FabricError, RemoteProtocolError, Unavailable
@@ -35,6 +36,34 @@ CHUNK_BYTES = 1 << 20
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+class Duplex(Protocol):
+    """What an end needs of a socket, plain or TLS."""
+
+    def send(self, data: bytes | memoryview, /) -> int:
+        """Send some of ``data``; return how much."""
+        ...
+
+    def recv(self, nbytes: int, /) -> bytes:
+        """Return up to ``nbytes``."""
+        ...
+
+    def recv_into(self, buffer: bytearray | memoryview, /) -> int:
+        """Receive what there is into ``buffer``; return how much."""
+        ...
+
+    def settimeout(self, value: float | None, /) -> None:
+        """Bound each later call, in seconds."""
+        ...
+
+    def shutdown(self, how: int, /) -> None:
+        """Shut down, from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Close."""
+        ...
+
+
 @dataclass
 class Opened:
     """A connected, authenticated, one-way connection.
@@ -45,7 +74,7 @@ class Opened:
         path: "local", "direct", ...: for people.
     """
 
-    sock: socket.socket
+    sock: Duplex
     memory: mmap.mmap | None = None
     path: str = "direct"
 

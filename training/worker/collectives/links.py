@@ -59,6 +59,10 @@ class Links:
         rows = enumerate(self.bytes_per_second)
         return [row[rank] for other, row in rows if other != rank]
 
+    def slowest_rate(self) -> float:
+        """Return the lowest rate of any link."""
+        return min(rate for rank in range(self.size) for rate in self.rates_of(rank))
+
     def has_islands(self) -> bool:
         """Return whether there is a slow boundary."""
         return any(not isinstance(child, int) for child in self.group)
