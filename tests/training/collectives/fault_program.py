@@ -75,10 +75,12 @@ def fail(how, name, rank, size):
 
 
 def main():
-    how, name = sys.argv[1:]
+    how, name, path = sys.argv[1:]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0)
-    options = FabricOptions(patience_seconds=PATIENCE_SECONDS)
+    options = FabricOptions(
+        patience_seconds=PATIENCE_SECONDS, same_host=path == "local"
+    )
     first = dist.PrefixStore("first", store)
     dist.init_process_group(
         "fabric", store=first, rank=rank, world_size=size, pg_options=options

@@ -1,5 +1,6 @@
 """Kill, stop or cut a rank in each collective: an error that names it, then go on."""
 
+import itertools
 import os
 
 import pytest
@@ -22,20 +23,19 @@ ALL = [
     "barrier",
 ]
 CASES = [
-    ("SIGKILL", "all_reduce"),
-    ("SIGSTOP", "all_gather"),
-    ("cut", "reduce_scatter"),
+    ("SIGKILL", "all_reduce", "tls"),
+    ("SIGSTOP", "all_gather", "local"),
+    ("cut", "reduce_scatter", "local"),
 ]
 if FACTOR > 1:
-    CASES = [
-        (how, name) for how in ("SIGKILL", "SIGSTOP", "cut", "exit") for name in ALL
-    ]
+    ENDS = ("SIGKILL", "SIGSTOP", "cut", "exit")
+    CASES = list(itertools.product(ENDS, ALL, ("local", "tls")))
 
 
-@pytest.mark.parametrize(("how", "name"), CASES)
-def test_the_others_hear_who_it_was_and_go_on(ranks, how, name):
+@pytest.mark.parametrize(("how", "name", "path"), CASES)
+def test_the_others_hear_who_it_was_and_go_on(ranks, how, name, path):
     killed = () if how == "cut" else (VICTIM,)
-    found = ranks.run("fault_program.py", WORLD, how, name, killed=killed)
+    found = ranks.run("fault_program.py", WORLD, how, name, path, killed=killed)
     left = [rank for rank in range(WORLD) if rank != VICTIM]
     for rank in left:
         report = found[rank]
