@@ -138,7 +138,7 @@ def test_who_is_not_on_the_board_is_hung_up_on():
     server = BoardConnector(
         board, 0, 2, credentials=credentials(), same_host=False, wait_seconds=1
     )
-    BoardConnector(board, 1, 2, credentials=credentials(), same_host=False)
+    real = BoardConnector(board, 1, 2, credentials=credentials(), same_host=False)
     stranger = BoardConnector(
         MemoryBoard(), 1, 2, credentials=credentials(), same_host=False
     )
@@ -147,8 +147,8 @@ def test_who_is_not_on_the_board_is_hung_up_on():
         stranger.dial(0, "collective")
     with pytest.raises(FabricError):
         server.accept(1, "collective")
-    server.close()
-    stranger.close()
+    for connector in (server, real, stranger):
+        connector.close()
 
 
 @pytest.mark.slow
