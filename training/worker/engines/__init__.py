@@ -1,0 +1,1 @@
+"""training.worker.engines: see ARCHITECTURE.md."""

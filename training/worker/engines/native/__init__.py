@@ -1,0 +1,1 @@
+"""training.worker.engines.native: see ARCHITECTURE.md."""
