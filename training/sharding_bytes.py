@@ -30,7 +30,8 @@ quantised: 4 (N / d_w - N / d_g) and 4 (N / d_g - N / d_o).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import permutations
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -122,6 +123,7 @@ def traffic(
     *,
     micro_steps: int = 1,
     weight_gathers: int = 2,
+    frozen: Sequence[Sequence[tuple[int, ...]]] = (),
 ) -> Counter[Flow]:
     """Return the bytes that each rank sends to each other in one step.
 
@@ -131,42 +133,35 @@ def traffic(
         wires: How they travel.
         micro_steps: k.
         weight_gathers: 2, or 1 if weights stay after the forward pass.
+        frozen: Of each unit, the shapes that are gathered but not trained.
     """
     found: Counter[Flow] = Counter()
-    for unit in units:
-        _inside(found, geometry, unit, wires, micro_steps, weight_gathers)
+    for number, unit in enumerate(units):
+        still = frozen[number] if frozen else ()
+        for island in geometry.nesting.islands:
+            shard = padded_shard([geometry.shapes[t] for t in unit], len(island))
+            gathered = shard + padded_shard(still, len(island))
+            size = encoded_bytes(gathered, wires.gather_w, wires.block)
+            times = weight_gathers * micro_steps
+            _to_each(found, "gather_w", island, times * size)
+            size = encoded_bytes(shard, wires.reduce_w, wires.block)
+            _to_each(found, "reduce_w", island, micro_steps * size)
         for rank in geometry.nesting.world:
             _reduced(found, geometry, unit, wires, micro_steps, rank)
             _gathered(found, geometry, unit, wires, rank)
     return found
 
 
-def _inside(
-    found: Counter[Flow],
-    geometry: Geometry,
-    unit: Unit,
-    wires: Wires,
-    micro_steps: int,
-    weight_gathers: int,
+def _to_each(
+    found: Counter[Flow], operation: str, island: Sequence[int], size: int
 ) -> None:
-    for island in geometry.nesting.islands:
-        shard = padded_shard(geometry.shapes, unit, len(island))
-        gathered = weight_gathers * encoded_bytes(shard, wires.gather_w, wires.block)
-        reduced = encoded_bytes(shard, wires.reduce_w, wires.block)
-        for source in island:
-            for target in island:
-                if source != target:
-                    found[Flow("gather_w", source, target)] += micro_steps * gathered
-                    found[Flow("reduce_w", source, target)] += micro_steps * reduced
+    for source, target in permutations(island, 2):
+        found[Flow(operation, source, target)] += size
 
 
-def padded_shard(shapes: Sequence[tuple[int, ...]], unit: Unit, parts: int) -> int:
-    """Return the elements that FSDP2 sends for one rank's shard of a unit."""
-    total = 0
-    for tensor in unit:
-        rows, *inner = shapes[tensor]
-        total += -(-rows // parts) * prod(inner)
-    return total
+def padded_shard(shapes: Iterable[tuple[int, ...]], parts: int) -> int:
+    """Return the elements that FSDP2 sends for one rank's shard of some tensors."""
+    return sum(-(-rows // parts) * prod(inner) for rows, *inner in shapes)
 
 
 def _reduced(
@@ -212,7 +207,6 @@ def memory(geometry: Geometry, wires: Wires, rank: int, *, weight_bytes: int) ->
         rank: Whose.
         weight_bytes: Bytes of one weight: 4, or 2 in bf16.
     """
-    everything = range(len(geometry.shapes))
     island = len(geometry.nesting.part(ISLAND, rank))
     kept = 0
     for level, form in (
@@ -225,7 +219,7 @@ def memory(geometry: Geometry, wires: Wires, rank: int, *, weight_bytes: int) ->
             if level == WORLD and len(geometry.nesting.domains) > 1:
                 kept += geometry.held(WORLD, rank)
     return Memory(
-        weight_bytes * padded_shard(geometry.shapes, everything, island),
+        weight_bytes * padded_shard(geometry.shapes, island),
         4 * geometry.held(GROUP, rank),
         12 * geometry.held(DOMAIN, rank),
         4 * kept,

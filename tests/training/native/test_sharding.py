@@ -140,8 +140,7 @@ def test_bytes_are_the_closed_form():
             sums[operation] = sums.get(operation, 0) + size
         islands, groups, domains = nesting.islands, nesting.groups, nesting.domains
         padded = sum(
-            (len(i) - 1) * len(i) * padded_shard(SHAPES, range(5), len(i))
-            for i in islands
+            (len(i) - 1) * len(i) * padded_shard(SHAPES, len(i)) for i in islands
         )
         expected = {
             "gather_w": 2 * 3 * 4 * padded,
