@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ class _Unit(NamedTuple):
 def checkpoint_activations(modules: Sequence[nn.Module]) -> None:
     """Let modules forget what they computed, and compute it again going backward."""
     for module in modules:
-        module.forward = partial(  # type: ignore[method-assign]  # names stay as are
+        module.forward = partial(  # on the instance: names stay as they are
             checkpoint, module.forward, use_reentrant=False
         )
 
@@ -144,10 +144,10 @@ class Sharded:
         root = _fsdp(model)
         root.set_gradient_divide_factor(1.0)
         root.set_reduce_scatter_unused_params(True)
-        for module in self.modules:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            module._set_unshard_async_op(True)
+        for each in self.modules:
+            each.set_gradient_divide_factor(1.0)
+            each.set_force_sum_reduction_for_comms(True)
+            each._set_unshard_async_op(True)  # there is no public way
         for module, following in pairwise(inner):
             _fsdp(module).set_modules_to_forward_prefetch([_fsdp(following)])
         self._drop_gradients()
@@ -224,7 +224,7 @@ def island_mesh(group: dist.ProcessGroup, ranks: Sequence[int]) -> DeviceMesh:
 
 
 def _before(needed: Callable[[int], None], unit: int) -> Callable[..., None]:
-    def hook(_module: nn.Module, _inputs: Any) -> None:
+    def hook(_module: nn.Module, _inputs: object) -> None:
         needed(unit)
 
     return hook
