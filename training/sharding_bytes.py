@@ -43,6 +43,7 @@ from training.sharding import (
     ISLAND,
     WORLD,
     Geometry,
+    Ranks,
     numel,
 )
 from training.sharding_moves import (
@@ -122,7 +123,7 @@ def traffic(
     wires: Wires,
     *,
     micro_steps: int = 1,
-    weight_gathers: int = 2,
+    reshard: bool | int = True,
     frozen: Sequence[Sequence[tuple[int, ...]]] = (),
 ) -> Counter[Flow]:
     """Return the bytes that each rank sends to each other in one step.
@@ -132,7 +133,9 @@ def traffic(
         units: Of all tensors.
         wires: How they travel.
         micro_steps: k.
-        weight_gathers: 2, or 1 if weights stay after the forward pass.
+        reshard: True; False = weights stay after the forward pass and are gathered
+            once; h = they stay cut over runs of h ranks (hpZ of ZeRO++), and the
+            second gather is among those: (h - 1) / h of the padded weights.
         frozen: Of each unit, the shapes that are gathered but not trained.
     """
     found: Counter[Flow] = Counter()
@@ -141,15 +144,25 @@ def traffic(
         for island in geometry.nesting.islands:
             shard = padded_shard([geometry.shapes[t] for t in unit], len(island))
             gathered = shard + padded_shard(still, len(island))
-            size = encoded_bytes(gathered, wires.gather_w, wires.block)
-            times = weight_gathers * micro_steps
-            _to_each(found, "gather_w", island, times * size)
+            for part in _weight_gathers(island, reshard):
+                count = gathered * len(island) // len(part)
+                size = encoded_bytes(count, wires.gather_w, wires.block)
+                _to_each(found, "gather_w", part, micro_steps * size)
             size = encoded_bytes(shard, wires.reduce_w, wires.block)
             _to_each(found, "reduce_w", island, micro_steps * size)
         for rank in geometry.nesting.world:
             _reduced(found, geometry, unit, wires, micro_steps, rank)
             _gathered(found, geometry, unit, wires, rank)
     return found
+
+
+def _weight_gathers(island: Ranks, reshard: bool | int) -> list[Ranks]:
+    """Return among whom an island's weights are gathered in one micro-step."""
+    if isinstance(reshard, bool):
+        return [island] * (2 if reshard else 1)
+    ranks = sorted(island)
+    runs = range(0, len(ranks), reshard)
+    return [island, *(tuple(ranks[at : at + reshard]) for at in runs)]
 
 
 def _to_each(

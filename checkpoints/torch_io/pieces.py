@@ -38,8 +38,19 @@ class FlatShard:
     begin: int
 
 
-Value = torch.Tensor | FlatShard
-"""A tensor, DTensor or flat shard."""
+@dataclass(frozen=True)
+class FlatShards:
+    """Several intervals of one flattened tensor; at least one.
+
+    Attributes:
+        parts: Of the same shape and element type; they do not overlap.
+    """
+
+    parts: tuple[FlatShard, ...]
+
+
+Value = torch.Tensor | FlatShard | FlatShards
+"""A tensor, DTensor, flat shard or several of one tensor."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,12 @@ def held_of(name: str, value: Value) -> Held:
     """
     if isinstance(value, FlatShard):
         return _of_flat(name, value)
+    if isinstance(value, FlatShards):
+        held = [_of_flat(name, part) for part in value.parts]
+        if len({(each.dtype, each.shape) for each in held}) != 1:
+            raise ConfigError(f"{name!r}: shards that differ in kind", code="E_SHARD")
+        pieces = tuple(piece for each in held for piece in each.pieces)
+        return Held(held[0].dtype, held[0].shape, pieces)
     if isinstance(value, DTensor):
         return _of_dtensor(name, value)
     tensor = _dense(name, value)

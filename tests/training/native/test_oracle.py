@@ -58,19 +58,44 @@ def grid():
         yield [world, cases]
 
 
+INT8 = {"gather_w": "int8", "reduce_w": "int8", "reduce_o": "int8", "update": "int8"}
+INT4 = {"reduce_g": "int8", "reduce_o": "int4", "update": "int4"}
 FEW = [
+    [
+        3,
+        [
+            ["oracle", ["llama-tied", [1, 2, 3], 2, {"checkpointing": True}]],
+            ["quantised", ["odd", [2, 2, 3], INT8]],
+            ["quantised", ["llama-tied", [1, 2, 2], INT4]],
+            ["restart", ["llama-tied", [2, 2, 3], [1, 2, 3], True]],
+            ["diverged", ["odd", [1, 1, 3]]],
+            ["peak", [1 << 18, 24]],
+        ],
+    ],
     [
         4,
         [
-            ["oracle", ["odd", [1, 2, 2]]],
+            ["oracle", ["odd", "uneven"]],
             ["oracle", ["gpt2", [2, 4, 4], 1, {"reshard": False}]],
-            ["oracle", ["llama-tied", [1, 2, 4], 2, {"checkpointing": True}]],
+            ["quantised", ["odd", [4, 4, 4], {"gather_w": "int8"}, 2]],
+            ["bf16", ["gpt2", [2, 2, 4]]],
         ],
     ],
-    [5, [["oracle", ["llama-tied", [2, 3, 5]]], ["oracle", ["odd", "uneven"]]]],
+]
+MORE = [
+    [
+        4,
+        [
+            ["quantised", ["odd", [4, 4, 4], {"gather_w": "int8", "reduce_w": "int4"}]],
+            ["restart", ["odd", [1, 3, 4], [2, 2, 2], False]],
+            ["restart", ["gpt2", "uneven", [1, 4, 4], True]],
+            ["diverged", ["odd", [1, 3, 4]]],
+            ["bf16", ["llama", [1, 2, 3]]],
+        ],
+    ]
 ]
 
 
 def test_every_nesting_equals_one_process(tmp_path):
-    """Losses, norms, weights; and bytes are the closed form."""
-    run_ranks(tmp_path, FEW if FACTOR == 1 else list(grid()))
+    """Losses, norms, weights; and bytes are the closed form; and what goes with it."""
+    run_ranks(tmp_path, FEW if FACTOR == 1 else [*FEW, *MORE, *grid()])

@@ -12,7 +12,8 @@ A step, on every rank::
 
 Every exchange of a unit is under way while other units compute (see ``pipeline``). With
 forms that lose nothing, a step equals one process with AdamW on the same global batch,
-whatever the degrees: that is the oracle of the tests.
+whatever the degrees: that is the oracle of the tests. Domains of the same sizes stay
+equal bit for bit; of others to fp32 rounding, which depends on where a tensor is cut.
 
 A parameter without a gradient counts as one with gradient zero (torch's AdamW would
 skip it): ranks of an island may use different parameters, but the modules of a unit are
@@ -22,7 +23,7 @@ called on all of them or on none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fabric.core.errors import LocalProtocolError
-from training.sharding import DOMAIN, ISLAND, WORLD, Geometry, Nesting
+from fabric.core.errors import ConfigError, LocalProtocolError
+from training.sharding import DOMAIN, ISLAND, WORLD, Geometry, Nesting, Ranks
 from training.sharding_bytes import Form, Wires
 from training.worker.engines.native.codec import QUANTISED
 from training.worker.engines.native.flows import Lanes, Reducer, Updater
@@ -53,6 +54,7 @@ from training.worker.engines.native.states import (
     Decays,
     MemoryStates,
     States,
+    owned,
     update,
 )
 
@@ -126,6 +128,8 @@ class ShardedEngine:
         wires: How elements travel, the weights' own type filled in.
         ledger: Bytes sent.
         states: This rank's master weights and moments.
+        owned: The pieces of the model whose states these are.
+        model: The module, cut over the island.
         age: Steps taken.
     """
 
@@ -137,7 +141,8 @@ class ShardedEngine:
         groups: Groups,
         make_states: MakeStates = MemoryStates,
     ) -> None:
-        self._model, self._loss_of, self._config = model, loss_of, config
+        _check(config)
+        self.model, self._loss_of, self._config = model, loss_of, config
         self.rank = groups.rank
         self._world = groups.of(WORLD)
         self.ledger = Ledger(self.rank)
@@ -146,10 +151,9 @@ class ShardedEngine:
         decay = config.optimizer.weight_decay
         self.space, modules = survey(model, units, decay)
         self.geometry = Geometry(self.space.shapes, config.nesting)
-        owned = self.geometry.cuts[DOMAIN][self.rank]
-        self._spans = spans(owned, self.space.units)
-        self.states = make_states(self._spans)
-        self._decays = Decays(owned, self.space.decays)
+        self.owned = self.geometry.cuts[DOMAIN][self.rank]
+        self.states = make_states(spans(self.owned, self.space.units))
+        self._decays = Decays(self.owned, self.space.decays)
         self._keep_initial(dict(model.named_parameters()))
         if config.checkpointing:
             checkpoint_activations([m for m in modules if m is not model])
@@ -179,11 +183,9 @@ class ShardedEngine:
         self.age = 0
 
     def _keep_initial(self, parameters: dict[str, nn.Parameter]) -> None:
-        places = packed(self.geometry.cuts[DOMAIN][self.rank])
-        master = self.states.whole().master
-        for piece in self.geometry.cuts[DOMAIN][self.rank]:
+        for piece, master, _, _ in owned(self.states, self.owned):
             value = parameters[self.space.names[piece.tensor]].detach().reshape(-1)
-            master[places.of(piece)] = value[piece.begin : piece.end].float()
+            master.copy_(value[piece.begin : piece.end])
 
     def _hook(self, lanes: Lanes, island: Sequence[int]) -> None:
         wires, members = self.wires, sorted(island)
@@ -230,7 +232,13 @@ class ShardedEngine:
     def evaluate(self, inputs: Any) -> float:  # noqa: ANN401  (the loss function's)
         """Return this rank's loss of ``inputs``; the ranks of an island call alike."""
         with torch.no_grad():
-            return float(self._loss_of(self._model, inputs))
+            return float(self._loss_of(self.model, inputs))
+
+    @property
+    def partition(self) -> tuple[tuple[Ranks, ...], ...]:
+        """Islands, groups and domains."""
+        nesting = self.geometry.nesting
+        return (nesting.islands, nesting.groups, nesting.domains)
 
     def settle(self) -> None:
         """Wait until the weights of the last step are everywhere."""
@@ -240,10 +248,9 @@ class ShardedEngine:
         """Set all weights from the master weights, which were loaded or changed."""
         self._updates.drain()
         self._reducer.forget()
-        master = self.states.whole().master
-        for unit, (begin, end) in enumerate(self._spans):
-            flow = self._updater.flow(unit, master[begin:end], exact=True)
-            self._updates.push(unit, flow)
+        self._send_each(
+            ((slab.unit, slab.master) for slab in self.states.slabs()), exact=True
+        )
         self._updates.drain()
 
     def close(self) -> None:
@@ -257,7 +264,7 @@ class ShardedEngine:
         total = 0.0
         for number, micro in enumerate(micros):
             self._last = number + 1 == len(micros)
-            loss = self._loss_of(self._model, micro.inputs) * micro.share
+            loss = self._loss_of(self.model, micro.inputs) * micro.share
             loss.backward()
             total += float(loss.detach())
         self._reductions.drain()
@@ -301,29 +308,59 @@ class ShardedEngine:
         self._updates.drain()
         totals = self._reducer.totals.mul_(scale) if scale < 1 else self._reducer.totals
         hyper = self._config.optimizer
-        fresh: list[torch.Tensor] = []
-        unit = 0
-        for slab in self.states.sweep():
-            while unit < slab.unit:
-                self._send_update(unit, fresh)
-                unit, fresh = unit + 1, []
-            end = slab.begin + slab.master.numel()
-            update(
-                slab,
-                totals[slab.begin : end],
-                self._decays,
-                hyper,
-                age=self.age,
-                learning_rate=rate,
-            )
-            fresh.append(slab.master.clone())
-        while unit < len(self.space.units):
-            self._send_update(unit, fresh)
-            unit, fresh = unit + 1, []
 
-    def _send_update(self, unit: int, parts: list[torch.Tensor]) -> None:
+        def updated() -> Iterator[tuple[int, torch.Tensor]]:
+            for slab in self.states.sweep():
+                end = slab.begin + slab.master.numel()
+                update(
+                    slab,
+                    totals[slab.begin : end],
+                    self._decays,
+                    hyper,
+                    age=self.age,
+                    learning_rate=rate,
+                )
+                yield slab.unit, slab.master
+
+        self._send_each(updated())
+
+    def _send_each(
+        self, masters: Iterable[tuple[int, torch.Tensor]], *, exact: bool = False
+    ) -> None:
+        """Send off units as their master weights come; every unit, also empty ones."""
+        parts: list[list[torch.Tensor]] = [[] for _ in self.space.units]
+        unit = 0
+        for number, master in masters:
+            while unit < number:
+                self._send(unit, parts[unit], exact=exact)
+                parts[unit].clear()
+                unit += 1
+            parts[number].append(master.clone())
+        for rest in range(unit, len(parts)):
+            self._send(rest, parts[rest], exact=exact)
+
+    def _send(self, unit: int, parts: list[torch.Tensor], *, exact: bool) -> None:
         values = torch.cat(parts) if parts else torch.empty(0)
-        self._updates.push(unit, self._updater.flow(unit, values))
+        self._updates.push(unit, self._updater.flow(unit, values, exact=exact))
+
+
+def _check(config: EngineConfig) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ConfigError: sets that do not nest, or hpZ where it is not defined.
+    """
+    config.nesting.check()
+    islands, parts = config.nesting.islands, config.reshard
+    if isinstance(parts, bool):
+        return
+    if len(islands) > 1 or not 1 < parts < len(islands[0]) or len(islands[0]) % parts:
+        raise ConfigError(
+            f"weights cannot stay cut over {parts} ranks of islands {islands}",
+            code="E_RESHARD",
+            next_step="choose a true divisor of the only island's size; "
+            f"with several islands, make islands of {parts}",
+        )
 
 
 def _own_types(wires: Wires, precision: Precision) -> Wires:

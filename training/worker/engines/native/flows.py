@@ -216,6 +216,9 @@ class Reducer:
 class Updater:
     """Brings updated weights from the optimizer's owners to every island.
 
+    Quantised, a domain's islands hold the same weights, bit for bit, each within one
+    quantised change of the master weights; other domains lose other bits.
+
     Args:
         space: The model's.
         geometry: Its cuts.
@@ -240,8 +243,12 @@ class Updater:
             gathering(geometry, WEIGHT_LEVELS, rank, unit) for unit in space.units
         ]
         self._lanes = [lanes.of(DOMAIN), lanes.of(GROUP)]
-        self._block, self._form = wires.block, wires.update
-        self._shards, self._own = shards, own
+        self._shards, self._own, self._block = shards, own, wires.block
+        alone = geometry.nesting.part(ISLAND, rank) == geometry.nesting.part(
+            DOMAIN, rank
+        )
+        # nothing travels in a domain of one island: then nothing need be lost
+        self._form = own if alone else wires.update
         self._begins = {
             piece.tensor: piece.begin for piece in geometry.cuts[ISLAND][rank]
         }

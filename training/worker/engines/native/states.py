@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch.optim.adamw import adamw
 
-from training.sharding import Cut
+from training.sharding import Cut, Piece
 
 
 class Slab(NamedTuple):
@@ -36,8 +36,8 @@ class States(Protocol):
     def sweep(self) -> Iterator[Slab]:
         """Yield all states, unit by unit in order; changes are kept."""
 
-    def whole(self) -> Slab:
-        """Return all states at once, for loading and saving: views, unit 0."""
+    def slabs(self) -> list[Slab]:
+        """Return views of all states, for loading and saving; until the next sweep."""
 
     def close(self) -> None:
         """Give memory and files back."""
@@ -53,20 +53,52 @@ class MemoryStates:
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
         self._spans = list(spans)
         size = self._spans[-1][1] if self._spans else 0
-        self._all = Slab(0, 0, *(torch.zeros(size) for _ in range(3)))
+        self._values = torch.zeros(3, size)
 
     def sweep(self) -> Iterator[Slab]:
         """Yield one slab per unit."""
-        _, _, *values = self._all
-        for unit, (begin, end) in enumerate(self._spans):
-            yield Slab(unit, begin, *(value[begin:end] for value in values))
+        yield from self.slabs()
 
-    def whole(self) -> Slab:
-        """Return all states."""
-        return self._all
+    def slabs(self) -> list[Slab]:
+        """Return one slab per unit."""
+        return [
+            Slab(unit, begin, *self._values[:, begin:end])
+            for unit, (begin, end) in enumerate(self._spans)
+        ]
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+
+class Owned(NamedTuple):
+    """States of a piece of a tensor: views."""
+
+    piece: Piece
+    master: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def owned(states: States, cut: Cut) -> Iterator[Owned]:
+    """Yield the states of a rank by pieces of its cut, cut again where slabs end."""
+    slabs = iter(states.slabs())
+    slab = next(slabs, None)
+    at = 0
+    for piece in cut:
+        begin = piece.begin
+        while begin < piece.end:
+            while slab is None or slab.begin + slab.master.numel() <= at:
+                slab = next(slabs)
+            place = at - slab.begin
+            size = min(piece.end - begin, slab.master.numel() - place)
+            part = slice(place, place + size)
+            yield Owned(
+                Piece(piece.tensor, begin, begin + size),
+                slab.master[part],
+                slab.first[part],
+                slab.second[part],
+            )
+            begin, at = begin + size, at + size
 
 
 class AdamW(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
