@@ -305,7 +305,7 @@ def work(base, world, rank, store, cases):
         timeout=timedelta(seconds=60),
     )
     for name, arguments in cases:
-        started = time.monotonic()
+        started, spent = time.monotonic(), time.process_time()
         try:
             every_case()[name](base, world, rank, *arguments)
         except BaseException:
@@ -314,7 +314,10 @@ def work(base, world, rank, store, cases):
         gc.collect()
         if rank == 0:
             took = time.monotonic() - started
-            print(f"{world} {name} {arguments} {took:.2f} s", flush=True)
+            cpu = time.process_time() - spent
+            print(
+                f"{world} {name} {arguments} {took:.2f} s, {cpu:.2f} s CPU", flush=True
+            )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -347,6 +350,8 @@ def main(base, script):
             expected(kind)
         if "quantised" in named:
             expected(kind, steps=QUANTISED_STEPS)
+    gc.collect()
+    gc.freeze()  # what was imported is not looked through again in every rank
     for number, (world, cases) in enumerate(script):
         store = base / f"store-{number}"
         left = {
