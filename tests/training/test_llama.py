@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabric.jobs.spec import ModelSpec, TrainSpec
-from training.worker.engine import NativeEngine
+from training.worker.engine import NativeEngine, scheduled_rate
 from training.worker.llama import config_json
 
 SHAPES = [
@@ -71,7 +71,7 @@ def test_steps_are_those_of_transformers_and_torchs_adamw_bit_for_bit(spec, refe
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), train.grad_clip)
         for group in optimiser.param_groups:
-            group["lr"] = train.learning_rate * engine._rate(step / 6)
+            group["lr"] = scheduled_rate(train, engine._optimiser.age, step / 6)
         optimiser.step()
         assert engine.step([bytes(row) for row in tokens.tolist()], step / 6) == loss
         theirs = torch.cat([p.detach().reshape(-1) for p in named.values()])
@@ -113,7 +113,7 @@ def test_a_step_imports_neither_transformers_nor_the_compiler():
 import sys
 from fabric.jobs.spec import ModelSpec, TrainSpec
 import training.worker.participant
-from training.worker.engine import NativeEngine
+from training.worker.engine import NativeEngine, scheduled_rate
 NativeEngine(ModelSpec(), TrainSpec()).step([bytes(129)], 0.5)
 heavy = {"transformers", "torch._dynamo", "sympy"} & set(sys.modules)
 sys.exit(", ".join(heavy) or 0)

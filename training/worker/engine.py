@@ -42,7 +42,10 @@ class NativeEngine:
         self._spec, self._train = model, train
         self.shapes = llama.parameter_shapes(model)
         self.flat = torch.cat(
-            [_initial(name, shape, train.seed) for name, shape in self.shapes.items()]
+            [
+                initial_values(name, shape, train.seed)
+                for name, shape in self.shapes.items()
+            ]
         )
         self._gradient = torch.zeros_like(self.flat)
         gradients = self.named_tensors(self._gradient)
@@ -88,7 +91,7 @@ class NativeEngine:
         self._gradient.zero_()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), train.grad_clip)
-        rate = train.learning_rate * self._rate(progress)
+        rate = scheduled_rate(train, self._optimiser.age, progress)
         self._optimiser.step(self._gradient, rate, train.weight_decay)
         return float(loss.detach())
 
@@ -113,12 +116,6 @@ class NativeEngine:
             at += size
         return parts
 
-    def _rate(self, progress: float) -> float:
-        # Warm-up counts the optimiser's own steps: a newcomer's moments are new too.
-        warm = min(1.0, (self._optimiser.age + 1) / max(1, self._train.warmup_steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
-
     def _loss(self, windows: Sequence[bytes]) -> torch.Tensor:
         joined = bytearray(b"".join(windows))
         tokens = torch.frombuffer(joined, dtype=torch.uint8).long()
@@ -129,7 +126,20 @@ class NativeEngine:
         )
 
 
-def _initial(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def scheduled_rate(train: TrainSpec, age: int, progress: float) -> float:
+    """Return the learning rate of a step: linear warm-up, then a cosine.
+
+    Args:
+        train: Names the peak and the warm-up.
+        age: Steps that the optimiser took: a newcomer's moments are new, and warm up.
+        progress: Share of the run's inner steps that are done, in [0, 1].
+    """
+    warm = min(1.0, (age + 1) / max(1, train.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.learning_rate * (warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine))
+
+
+def initial_values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Return ones for a norm, else normal(0, 0.02), flat: Llama's own choice."""
     if len(shape) == 1:
         return torch.ones(shape)

@@ -11,11 +11,11 @@ from checkpoints.reader import CheckpointReader
 from checkpoints.torch_io.tensors import read_into
 from fabric.core.errors import ConfigError
 from training.resumption import MODEL, MOMENTUM
-from training.worker.engine import NativeEngine
+from training.worker.engines.interface import Engine
 from training.worker.outer import OuterState
 
 
-def resumed_state(path: Path, round_number: int, engine: NativeEngine) -> OuterState:
+def resumed_state(path: Path, round_number: int, engine: Engine) -> OuterState:
     """Return the state that the checkpoint at ``path`` holds; each byte is verified.
 
     The submitting daemon compared names, types and shapes (``training.resumption``);

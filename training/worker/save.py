@@ -10,7 +10,7 @@ import msgspec
 from checkpoints.directories import step_path
 from checkpoints.torch_io.tensors import save_tensors
 from fabric.jobs.spec import JobSpec
-from training.worker.engine import NativeEngine
+from training.worker.engines.interface import Engine
 from training.worker.outer import OuterState
 
 
@@ -24,7 +24,7 @@ class SavedState:
 
 
 def save_checkpoint(
-    directory: Path, spec: JobSpec, engine: NativeEngine, state: OuterState
+    directory: Path, spec: JobSpec, engine: Engine, state: OuterState
 ) -> SavedState:
     """Save parameters and outer momentum as ``directory/step-<round>``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fabric.jobs.steering import steer
 from training.data import Corpus, order_key, unigram_entropy, windows
 from training.worker.corpus import load_corpus
 from training.worker.engine import NativeEngine
+from training.worker.engines.interface import Engine
 from training.worker.outer import (
     Encoded,
     OuterState,
@@ -66,17 +68,25 @@ class Trainer:
         spec: The job's.
         peer: Names this peer's share of the data order.
         resume: Directory of the checkpoint to go on from, if the spec names one.
+        engine: Of a site; None = one process.
     """
 
-    def __init__(self, spec: JobSpec, peer: str, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        peer: str,
+        resume: Path | None = None,
+        engine: Engine | None = None,
+    ) -> None:
         self._given = self._spec = spec
         self._outer = spec.train.outer
         self._peer = peer
-        self.engine = NativeEngine(spec.model, spec.train)
+        self.engine: Engine = engine or NativeEngine(spec.model, spec.train)
         self._corpus = load_corpus(spec.data)
         self._window_bytes = spec.model.context_tokens + 1
         self._validation = validation_windows(self._corpus, self._window_bytes)
-        numel = self.engine.flat.numel()
+        shapes = self.engine.shapes.values()
+        self._numel = numel = sum(math.prod(shape) for shape in shapes)
         self._fresh = (
             initial_state(self.engine.flat)
             if resume is None
@@ -186,8 +196,7 @@ class Trainer:
         Raises:
             IntegrityError: averaging it would spoil the parameters.
         """
-        numel = self.engine.flat.numel()
-        check_payload(payload, numel, self._outer.block, self._outer.quantise)
+        check_payload(payload, self._numel, self._outer.block, self._outer.quantise)
 
     def outer_step(self, ready: StepReady) -> str:
         """Take the decided outer step and hold its result; return the state's name.
@@ -199,8 +208,7 @@ class Trainer:
         self.steer(ready.settings)
         if self._peer in ready.contributors and self._encoded is not None:
             self._residual = self._encoded.residual
-        numel = self.engine.flat.numel()
-        mean = weighted_mean(ready.payloads, ready.tokens, numel, self._outer)
+        mean = weighted_mean(ready.payloads, ready.tokens, self._numel, self._outer)
         return self._hold(outer_step(self.state, mean, self._outer))
 
     def steer(self, settings: tuple[Setting, ...]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from fabric.core.errors import FabricError
 from fabric.jobs.spec import JobSpec
 from training.messages import Event, HotFailed, HotWritten, Saved, SaveFailed
-from training.worker.engine import NativeEngine
+from training.worker.engines.interface import Engine
 from training.worker.outer import OuterState
 from training.worker.save import save_checkpoint
 
@@ -56,7 +56,7 @@ class StateWriter:
     """
 
     def __init__(
-        self, spec: JobSpec, engine: NativeEngine, tell: Callable[[Event], None]
+        self, spec: JobSpec, engine: Engine, tell: Callable[[Event], None]
     ) -> None:
         self._spec, self._engine, self._tell = spec, engine, tell
         self._orders: queue.Queue[Order] = queue.Queue(MAX_WAITING)

@@ -26,13 +26,20 @@ import torch.distributed as dist
 from checkpoints.torch_io.exchange import TorchExchange
 from checkpoints.torch_io.saver import Saver
 from fabric.core.errors import LocalProtocolError
+from fabric.jobs.messages import Setting
+from fabric.jobs.spec import JobSpec, ModelSpec, OuterSpec, TrainSpec
+from training.data import cut, split
 from training.sharding import ISLAND, Nesting, nest
 from training.sharding_bytes import Wires, memory, traffic
+from training.worker import trainer as trainer_module
 from training.worker.engines.native.checkpoint import load, save
 from training.worker.engines.native.engine import EngineConfig, Micro, ShardedEngine
 from training.worker.engines.native.lanes import Groups
 from training.worker.engines.native.offload import FileStates
+from training.worker.engines.native.site import Site
 from training.worker.engines.native.states import AdamW, MemoryStates, owned
+from training.worker.rounds import StepReady
+from training.worker.trainer import Trainer
 
 LIMIT_SECONDS = 1200
 OPTIMIZER = AdamW(
@@ -249,6 +256,59 @@ def case_diverged(base, world, rank, kind, degrees):
     engine.step(micros(world, rank, 1, 1, "d"))
     assert engine.age == 2
     engine.close()
+
+
+def case_site(base, world, rank, degrees, wires):
+    """For the outer loop a site of several ranks is one process with its batch."""
+    spec = JobSpec(
+        model=ModelSpec(
+            hidden_size=16,
+            intermediate_size=24,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            context_tokens=16,
+        ),
+        train=TrainSpec(
+            batch_size=5,
+            warmup_steps=2,
+            outer=OuterSpec(inner_steps=2, rounds=2, quantise="none"),
+        ),
+    )
+    nesting = nesting_of(world, degrees)
+    config = EngineConfig(nesting=nesting, wires=Wires(**wires))
+    groups = Groups(nesting, KNOWN)
+    site = Site(spec.model, spec.train, config, groups, micro_windows=1)
+    if rank:
+        site.follow()
+        return
+    text = split(cut(b"".join(b"def f%d(x): x\n" % n for n in range(3000))), 0.2)
+    trainer_module.load_corpus = lambda _spec: text
+    ours = Trainer(spec, "a", engine=site)
+    alone = Trainer(spec, "a")
+    assert ours.initial_digest() == alone.initial_digest()
+    for trainer in (ours, alone):
+        trainer.hold_initial()
+        trainer.steer((Setting("train.grad_clip", 0.5, "a"),))
+    for _ in range(spec.train.outer.rounds):
+        pieces = []
+        for trainer in (ours, alone):
+            while not trainer.inner_step():
+                pass
+            pieces.append(trainer.contribution())
+        (piece, loss), (wanted, wanted_loss) = pieces
+        assert piece.tokens == wanted.tokens
+        assert abs(loss - wanted_loss) < 2e-5, (loss, wanted_loss)
+        ready = StepReady(("a",), (wanted.payload,), (wanted.tokens,))
+        for trainer in (ours, alone):
+            trainer.outer_step(ready)
+        assert ours.parameter_digest() == alone.parameter_digest()
+        assert torch.equal(site.flat, ours.state.theta)
+        assert abs(ours.evaluate() - alone.evaluate()) < 2e-5
+        near = torch.frombuffer(piece.payload, dtype=torch.float32)
+        exact = torch.frombuffer(wanted.payload, dtype=torch.float32)
+        assert (near - exact).norm() / exact.norm() < 1e-2
+    site.close()
 
 
 def peak_kib():

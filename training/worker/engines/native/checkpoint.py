@@ -80,6 +80,7 @@ def load(path: Path, engine: ShardedEngine, *, exchange: Exchange) -> Loaded:
     if not isinstance(age, int) or age < 0:
         raise IntegrityError("no age of the native engine", code="E_STATE")
     engine.age = age
+    engine.forget_feedback()
     engine.spread_weights()
     return loaded
 

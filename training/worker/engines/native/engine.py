@@ -148,12 +148,11 @@ class ShardedEngine:
         self.ledger = Ledger(self.rank)
         self.wires = _own_types(config.wires, config.precision)
         units = find_units(model) if config.units is None else list(config.units)
-        decay = config.optimizer.weight_decay
-        self.space, modules = survey(model, units, decay)
+        self.space, modules = survey(model, units)
         self.geometry = Geometry(self.space.shapes, config.nesting)
         self.owned = self.geometry.cuts[DOMAIN][self.rank]
         self.states = make_states(spans(self.owned, self.space.units))
-        self._decays = Decays(self.owned, self.space.decays)
+        self.steer(config.optimizer)
         self._keep_initial(dict(model.named_parameters()))
         if config.checkpointing:
             checkpoint_activations([m for m in modules if m is not model])
@@ -223,7 +222,7 @@ class ShardedEngine:
                 code="E_DIVERGED",
                 next_step="go back to a checkpoint and lower the learning rate",
             )
-        hyper = self._config.optimizer
+        hyper = self._optimizer
         rate = hyper.learning_rate if learning_rate is None else learning_rate
         self._update(self._scale(norm), rate)
         self.age += 1
@@ -233,6 +232,16 @@ class ShardedEngine:
         """Return this rank's loss of ``inputs``; the ranks of an island call alike."""
         with torch.no_grad():
             return float(self._loss_of(self.model, inputs))
+
+    def steer(self, optimizer: AdamW) -> None:
+        """Take the settings of ``optimizer`` from the next step on."""
+        self._optimizer = optimizer
+        decays = [optimizer.weight_decay * decayed for decayed in self.space.decayed]
+        self._decays = Decays(self.owned, decays)
+
+    def forget_feedback(self) -> None:
+        """Forget what quantising dropped: the weights are others than it was for."""
+        self._reducer.forget()
 
     @property
     def partition(self) -> tuple[tuple[Ranks, ...], ...]:
@@ -247,7 +256,6 @@ class ShardedEngine:
     def spread_weights(self) -> None:
         """Set all weights from the master weights, which were loaded or changed."""
         self._updates.drain()
-        self._reducer.forget()
         self._send_each(
             ((slab.unit, slab.master) for slab in self.states.slabs()), exact=True
         )
@@ -301,13 +309,13 @@ class ShardedEngine:
         return math.sqrt(sum(squares)), sum(losses)
 
     def _scale(self, norm: float) -> float:
-        limit = self._config.optimizer.grad_clip
+        limit = self._optimizer.grad_clip
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
     def _update(self, scale: float, rate: float) -> None:
         self._updates.drain()
         totals = self._reducer.totals.mul_(scale) if scale < 1 else self._reducer.totals
-        hyper = self._config.optimizer
+        hyper = self._optimizer
 
         def updated() -> Iterator[tuple[int, torch.Tensor]]:
             for slab in self.states.sweep():

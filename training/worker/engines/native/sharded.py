@@ -50,9 +50,7 @@ def find_units(model: nn.Module) -> list[str]:
     return [unit for unit in units if unit not in shared]
 
 
-def survey(
-    model: nn.Module, units: Sequence[str], decay: float
-) -> tuple[Space, list[nn.Module]]:
+def survey(model: nn.Module, units: Sequence[str]) -> tuple[Space, list[nn.Module]]:
     """Return the flat space of a model, and the module of each unit, the root first.
 
     Raises:
@@ -81,7 +79,7 @@ def survey(
     space = Space(
         tuple(name for name, _ in tensors),
         tuple(shape for _, shape in tensors),
-        tuple(decay if len(shape) > 1 else 0.0 for _, shape in tensors),
+        tuple(len(shape) > 1 for _, shape in tensors),
         tuple(range(*pair) for pair in pairwise(edges)),
         tuple(tuple(shape for _, shape in unit.frozen) for unit in found.values()),
         {name: known for name, known in aliases.items() if known in dict(tensors)},

@@ -17,7 +17,7 @@ class Space:
     Attributes:
         names: Of the tensors, in the order of the space.
         shapes: Of each.
-        decays: Weight decay of each.
+        decayed: Whether weight decay is for it: it has more than one dimension.
         units: Tensors that FSDP2 gathers together; they follow each other.
         frozen: Of each unit, the shapes of what is not trained.
         aliases: Other names of tied tensors -> the name that is in ``names``.
@@ -25,7 +25,7 @@ class Space:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    decays: tuple[float, ...]
+    decayed: tuple[bool, ...]
     units: tuple[range, ...]
     frozen: tuple[tuple[tuple[int, ...], ...], ...]
     aliases: dict[str, str]
