@@ -64,6 +64,18 @@ def build(kind):
     )
 
 
+def on_meta(model):
+    """Take the values of all parameters away; ties stay."""
+    taken = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in taken:
+                empty = torch.empty_like(parameter, device="meta")
+                taken[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            setattr(module, name, taken[parameter])
+    return model
+
+
 def samples(step):
     made = torch.Generator().manual_seed(step)
     return torch.randint(0, VOCABULARY, (SAMPLES, TOKENS + 1), generator=made)

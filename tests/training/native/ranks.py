@@ -228,10 +228,7 @@ def case_restart(base, world, rank, kind, degrees, into, offload):
     assert max(differences(first, wanted)) < 2e-5
     first.close()
     dist.barrier()
-    model = models.build(kind)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
+    model = models.on_meta(models.build(kind))
     second = engine_of(world, kind, into, make_states=states(1), model=model)
     loaded = load(path, second, exchange=TorchExchange())
     assert (loaded.step, loaded.state["note"], second.age) == (2, "half", 2)

@@ -116,7 +116,8 @@ class ShardedEngine:
     """A model in training, one part of it on this rank; all ranks call alike.
 
     Args:
-        model: Equal on every rank; changed in place.
+        model: Equal on every rank; changed in place. Parameters on the meta device
+            get memory for our shards alone: load a checkpoint before the first step.
         loss_of: Computes the loss.
         config: See :class:`EngineConfig`.
         groups: Made for ``config.nesting``.
@@ -184,7 +185,8 @@ class ShardedEngine:
     def _keep_initial(self, parameters: dict[str, nn.Parameter]) -> None:
         for piece, master, _, _ in owned(self.states, self.owned):
             value = parameters[self.space.names[piece.tensor]].detach().reshape(-1)
-            master.copy_(value[piece.begin : piece.end])
+            if not value.is_meta:
+                master.copy_(value[piece.begin : piece.end])
 
     def _hook(self, lanes: Lanes, island: Sequence[int]) -> None:
         wires, members = self.wires, sorted(island)

@@ -138,6 +138,8 @@ class Sharded:
             fully_shard(
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard
             )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            self._materialise()
         self.modules = [_fsdp(module) for module in every]
         root = _fsdp(model)
         root.set_gradient_divide_factor(1.0)
@@ -149,6 +151,17 @@ class Sharded:
         for module, following in pairwise(inner):
             _fsdp(module).set_modules_to_forward_prefetch([_fsdp(following)])
         self._drop_gradients()
+
+    def _materialise(self) -> None:
+        """Give memory to our shards alone; their values are loaded later."""
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        self._model.to_empty(device="cpu")
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(buffers[name])
+        for alias, name in self._space.aliases.items():  # they came apart
+            parent, _, leaf = alias.rpartition(".")
+            owner = self._model.get_submodule(parent)
+            setattr(owner, leaf, self._model.get_parameter(name))
 
     def _drop_gradients(self) -> None:
         for _, parameter in self.parameters():
