@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from checkpoints.torch_io.exchange import TorchExchange
 from checkpoints.torch_io.saver import Saver
-from fabric.core.errors import LocalProtocolError
+from fabric.core.errors import LocalProtocolError, Unavailable
 from fabric.jobs.messages import Setting
 from fabric.jobs.spec import JobSpec, ModelSpec, OuterSpec, TrainSpec
 from training.data import cut, split
@@ -253,6 +253,19 @@ def case_diverged(base, world, rank, kind, degrees):
     engine.step(micros(world, rank, 1, 1, "d"))
     assert engine.age == 2
     engine.close()
+
+
+def case_lost(base, world, rank, kind, degrees):
+    """A rank that ends is an error of ours on all others, not a hang; a last case."""
+    engine = engine_of(world, kind, degrees)
+    engine.step(micros(world, rank, 0, 1, "l"))
+    if rank == world - 1:
+        os._exit(0)
+    with pytest.raises(Unavailable) as lost:
+        engine.step(micros(world, rank, 1, 1, "l"))
+    assert lost.value.code == "E_COLLECTIVE"
+    engine.close()
+    os._exit(0)
 
 
 def case_site(base, world, rank, degrees, wires):

@@ -80,6 +80,7 @@ FEW = [
             ["oracle", ["gpt2", [2, 4, 4], 1, {"reshard": False}]],
             ["quantised", ["odd", [4, 4, 4], {"gather_w": "int8"}, 2]],
             ["bf16", ["gpt2", [2, 2, 4]]],
+            ["lost", ["odd", [2, 2, 4]]],
         ],
     ],
 ]
