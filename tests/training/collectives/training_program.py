@@ -67,6 +67,8 @@ def fsdp(rank, world, shape):
 def zero_3(rank, world):
     import deepspeed
 
+    # compiled on first use, for half a minute; our backend does what it would speed up
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="fabric", verbose=False)
     model = build()
     engine, *_ = deepspeed.initialize(
