@@ -346,7 +346,8 @@ def case_peak(base, world, rank, slab_elements, slabs):
         states.close()
     pool = 3 * 12 * slab_elements / 1024
     print(f"peak of a sweep: {found[0]} KiB with a file, {found[1]} KiB in memory")
-    assert pool <= found[0] <= pool + 4096, found
+    # pages that were there before are not counted
+    assert 0.9 * pool <= found[0] <= pool + 4096, found
     assert found[1] >= slabs * pool / 3 - pool - 4096, found
 
 
