@@ -44,6 +44,10 @@ BUSY = "a participant applies a decision"
 FOLLOWED = "the coordinator lives"
 NOBODY = "nobody can take part"
 STATE_LOST = "nobody holds a state, and there is a checkpoint"
+CHECKPOINT_ELSEWHERE = "nobody holds a state, and another peer knows of a checkpoint"
+E_STATE_LOST = "E_STATE_LOST"
+"""Refusal of a first round by a peer that knows of a checkpoint; the proposer will
+too, as soon as it is in touch with it."""
 
 MAX_ATTEMPTS = 4
 """Proposals of one campaign; then it backs off and inquires afresh."""
@@ -328,6 +332,8 @@ class Campaign:
             self._superseded(Commit(nack.committed, nack.proof))
         elif nack.code == "E_BUSY":
             self._lose(BUSY)
+        elif nack.code == E_STATE_LOST:
+            self._lose(CHECKPOINT_ELSEWHERE)
         else:
             self.on_silence(peer, now)
 

@@ -274,8 +274,9 @@ class Seat:
                 return self._on_finished(sender, message)
 
     def _on_propose(self, propose: Propose, now: float) -> JobMessage:
-        if self._tenure.part.applying(now):
-            return self._tenure.acceptor.refuse("E_BUSY", "applying a decision")
+        refusal = self._tenure.refusal(propose.generation, now)
+        if refusal is not None:
+            return refusal
         answer, record = self._tenure.acceptor.on_propose(
             propose, self._tenure.part.held
         )

@@ -44,7 +44,7 @@ from fabric.jobs.messages import (
 from fabric.jobs.outbox import Outbox
 from fabric.jobs.participant import Participant
 from fabric.jobs.promises import Acceptor, PromiseRecord, genesis_of
-from fabric.jobs.proposer import NOBODY, STATE_LOST, Wish, check_commit
+from fabric.jobs.proposer import E_STATE_LOST, NOBODY, STATE_LOST, Wish, check_commit
 from fabric.jobs.quorum import electors
 from fabric.jobs.restoration import Restoration, Restored
 from fabric.jobs.spec import JobSpec
@@ -282,6 +282,16 @@ class Tenure:
         )
         promised = self.acceptor.promised
         self.succession.start(self.committed, wish, promised, now)
+
+    def refusal(self, generation: Generation, now: float) -> Nack | None:
+        """Return why we do not promise ``generation`` now, or None."""
+        if self.part.applying(now):
+            return self.acceptor.refuse("E_BUSY", "applying a decision")
+        at = self.restoration.checkpoint
+        if not generation.state_digest and at > generation.base_round:
+            reason = f"there is a checkpoint of round {at}"
+            return self.acceptor.refuse(E_STATE_LOST, reason)
+        return None
 
     def conclude_campaign(self, now: float) -> None:
         """Act on the end of a campaign, if one ended."""

@@ -68,6 +68,21 @@ def restart_all(net, checkpoint):
     net.know(checkpoint)
 
 
+@pytest.mark.parametrize("knows", [0, 1, 2])
+def test_nobody_begins_anew_while_one_peer_knows_of_a_checkpoint(saving, knows):
+    """What the others hold of the replicated state may be older."""
+    net = saving()
+    restart_all(net, 0)
+    net.seats[net.ids[knows]].restoration.know(2, 4)
+    before = max(net.commits)
+    net.run(15)
+    net.know(2)
+    assert net.run(120, net.all_done)
+    bases = {g.base_round for c, g in net.commits.items() if c > before}
+    assert 2 in bases
+    assert 0 not in bases
+
+
 def test_all_restarted_peers_go_on_from_the_newest_checkpoint(saving):
     net = saving()
     net.refusals = 2
