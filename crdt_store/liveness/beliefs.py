@@ -235,7 +235,12 @@ class Beliefs:
             return
         peer = claim.subject
         known = self._incarnations.get(peer, 0)
-        if peer not in self.rounds.members or claim.incarnation < known:
+        if peer not in self.rounds.members:
+            return
+        if claim.incarnation < known:
+            # It refuted that, as we alone may know: if it died since, so do we alone.
+            if claim.standing is Standing.DEAD and not self._met_lately(peer, now):
+                self.hinted[peer] = None
             return
         if claim.incarnation > known + MAX_JUMP:
             self.counts["claim_too_far"] += 1

@@ -235,6 +235,22 @@ def accused_core(victim, liar):
     return swim
 
 
+def test_who_alone_knows_of_a_refutation_looks_itself_when_a_death_is_told():
+    """Nobody else's accusation of the older incarnation counts here."""
+    ghost, other = PEERS[0], PEERS[1]
+    swim = core()
+    swim.set_members(PEERS)
+    swim.receive(ghost, Ping(1), 0.0)
+    now = 3 * CONFIG.period_seconds
+    while swim.next_timeout() < now:
+        swim.poll(swim.next_timeout())
+    swim.poll(now)
+    swim.receive(other, Ping(0, (Claim(ghost, 0, Standing.DEAD, other),)), now)
+    assert swim.state(ghost) is not State.SUSPECT
+    assert swim.has_more
+    assert ghost in {call.peer for call in swim.poll(now)}
+
+
 @pytest.mark.parametrize("answered", range(1, MIN_ASKED + 1))
 def test_one_liar_kills_nobody_and_revives_nobody(answered):
     """Whichever of our calls the victim answers, it is alive."""
